@@ -1,0 +1,1474 @@
+"""The Block-Recurrent Transformer: one model that reads a stream in any pieces.
+
+Papers
+    Hutchins et al. 2022, Block-Recurrent Transformers, arXiv 2203.07852
+    Dai et al. 2019, Transformer-XL, arXiv 1901.02860 (the memory of the last blocks)
+    Rae et al. 2019, Compressive Transformers, arXiv 1911.05507 (the compressed memory)
+    Ding et al. 2020, ERNIE-Doc, arXiv 2012.15688 (enhanced recurrence)
+    Shazeer 2019, arXiv 1911.02150 (one key/value head for all query heads)
+    Su et al. 2021, RoFormer, arXiv 2104.09864; Sun et al. 2022, arXiv 2212.10554 (rotary positions with the xPos decay)
+    Raffel et al. 2019, T5, arXiv 1910.10683 (bucketed position bias)
+
+A recurrent layer, for the tokens X of one block and the states S as of the block's start:
+
+    vertical    Y = X + [ attend(Q, K, V) ; attend(Q', Ks, Vs) ] Wo        then Y + feed-forward(Y)
+    horizontal  C = [ attend(Qs, Ks, Vs) ; attend(Qs', K, V) ]
+                S <- gate(S, candidate(C))                                 once, when the block is complete
+
+K, V come from the tokens of this block and of the blocks before it (the XL memory), Ks, Vs from norm(S) + state ids.
+
+The block being filled is the decoding cache: a layer carries the keys and values of the last complete blocks and those of
+the tokens of the current block, and a state is read as of the start of its block. So training segments, long prompts and
+one-token decoding are the same computation, and any split of a stream gives the same answer. Everything that travels from
+call to call is a value: it goes in as an argument and comes out as a result.
+
+Axis letters: b batch, n new tokens, t blocks, w block width, j keys, s states, h heads, g key/value heads, d dim,
+e dim_head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from beartype import BeartypeConf, beartype
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+# ------------------------------------------------------------------------------------------------------------ 1 config
+
+
+@typechecked
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and options of a model. Frozen; `asdict` of it is its config.json, `Config.from_dict` reads that back.
+
+    The defaults are those of block-recurrent-transformer-pytorch 0.4.4. Layers are numbered from 1.
+
+    Raises:
+        ValueError: a number out of range, or two options that cannot go together; the message names them.
+    """
+
+    # sizes
+    num_tokens: int  # vocabulary
+    dim: int
+    depth: int
+    dim_head: int = 64
+    heads: int = 8
+    kv_heads: int = 1  # key/value heads, each shared by heads / kv_heads query heads
+    ff_mult: float = 4  # hidden size: dim * ff_mult, times 2/3 for geglu (which has three matrices instead of two)
+    ff_dim: int | None = None  # the hidden size itself, instead of ff_mult
+    ff_activation: Literal["geglu", "relu"] = "geglu"
+    # the stream
+    max_seq_len: int = 1024  # default segment of the training wrapper; no limit on calls
+    block_width: int = 512
+    num_xl_blocks: int = 1  # complete blocks that a layer remembers word for word
+    xl_layers: tuple[int, ...] | None = None  # the layers that do; None: all
+    use_compressed_mem: bool = False  # a second queue of block_width // 2 entries for what leaves the first
+    compressed_mem_factor: int = 4  # tokens in one compressed entry
+    enhanced_recurrence: bool = False  # a layer remembers what the next layer computed one block earlier (ERNIE-Doc)
+    attention_window: Literal["blocks", "sliding"] = "blocks"
+    # blocks: the memory and this block up to the token itself; sliding: exactly the block_width positions before it
+    empty_memory: Literal["masked", "zeros"] = "masked"  # before the first block: not there, or zero keys and values
+    positions: Literal["xpos", "dynamic", "t5", "none"] = "xpos"
+    dynamic_log_distance: bool = True  # the MLP of dynamic positions sees log(1 + distance) instead of distance / width
+    # the recurrence
+    recurrent_layers: tuple[int, ...] | None = None  # None: (depth // 2,)
+    read_recurrent_layers: tuple[int, ...] | None = None  # where each state is read, at or below its layer; None: there
+    num_state_vectors: int | None = None  # None: block_width
+    state_update: Literal["skip", "dual", "single"] = "skip"
+    gate: Literal["fixed", "lstm", "full"] = "fixed"
+    candidate_bias: bool = True  # b_z of the paper's z = W h + b_z
+    state_reads_memory: bool = False  # states read the XL memory too, so that each token is read by two updates
+    block_feedback: bool = False  # every layer without a state of its own reads the last recurrent layer's
+    # normalisation
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: Literal["channel", "head", "none"] = "channel"  # unit queries and keys, times a gain per channel or head
+    all_layers_qk_rmsnorm: bool = False  # in all layers, or in recurrent layers only
+    qk_norm_scale: float = 8.0  # scale of the attention logits of qk_norm="channel"
+    # output and training
+    tie_embeddings: bool = False  # logits = h E^T / sqrt(dim)
+    init: Literal["torch", "lecun"] = "torch"  # PyTorch's initial values, or those of the paper's authors
+    attn_dropout: float = 0.0  # on the matrix of the tokens' self-attention
+    ff_dropout: float = 0.0  # on the output of the feed-forward
+    emb_dropout: float = 0.0  # on the token embeddings
+    attn_input_dropout: float = 0.0  # after the norm before the attention
+    output_dropout: float = 0.0  # after the last norm
+    ignore_index: int = -100
+    use_flash_attn: bool = False  # scaled_dot_product_attention, or the same formula written out
+    use_checkpointing: bool = False  # recompute a layer in the backward pass instead of keeping its activations
+
+    def __post_init__(self) -> None:
+        writes = (max(1, self.depth // 2),) if self.recurrent_layers is None else self.recurrent_layers
+        derived = {
+            "ff_dim": self.ff_dim if self.ff_dim is not None else self._default_ff_dim(),
+            "xl_layers": tuple(range(1, self.depth + 1)) if self.xl_layers is None else tuple(sorted(self.xl_layers)),
+            "recurrent_layers": writes,
+            "read_recurrent_layers": writes if self.read_recurrent_layers is None else self.read_recurrent_layers,
+            "num_state_vectors": self.block_width if self.num_state_vectors is None else self.num_state_vectors,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        self._check_numbers()
+        self._check_layers()
+        for wrong, why in self._conflicts():
+            if wrong:
+                raise ValueError(why)
+
+    def _default_ff_dim(self) -> int:
+        return int(self.dim * self.ff_mult * (2 / 3 if self.ff_activation == "geglu" else 1))
+
+    def _check_numbers(self) -> None:
+        for name in ("num_tokens", "dim", "depth", "dim_head", "heads", "kv_heads", "ff_dim", "max_seq_len",
+                     "block_width", "num_state_vectors", "compressed_mem_factor"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_xl_blocks < 0:
+            raise ValueError(f"num_xl_blocks must be at least 0, not {self.num_xl_blocks}")
+        if not (math.isfinite(self.qk_norm_scale) and self.qk_norm_scale > 0):
+            raise ValueError(f"qk_norm_scale must be a positive number, not {self.qk_norm_scale}")
+        for name in (f.name for f in fields(self) if f.name.endswith("dropout")):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.max_seq_len % self.block_width:
+            raise ValueError(f"max_seq_len={self.max_seq_len} is not a multiple of block_width={self.block_width}")
+
+    def _check_layers(self) -> None:
+        for name in ("recurrent_layers", "read_recurrent_layers", "xl_layers"):
+            layers = getattr(self, name)
+            if unknown := [layer for layer in layers if not 1 <= layer <= self.depth]:
+                raise ValueError(f"{name}={layers}: {unknown} not among the layers 1 to depth={self.depth}")
+            if name != "read_recurrent_layers" and len(set(layers)) < len(layers):
+                raise ValueError(f"{name}={layers} names a layer twice")
+        reads, writes = self.read_recurrent_layers or (), self.recurrent_layers or ()
+        if len(reads) != len(writes):
+            raise ValueError(f"read_recurrent_layers={reads} must name one layer for each of recurrent_layers={writes}")
+        if any(read > write for read, write in zip(reads, writes)):
+            raise ValueError(f"read_recurrent_layers={reads} must not lie above recurrent_layers={writes}")
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        """Options that cannot go together."""
+        full_memory = self.num_xl_blocks > 0 and self.xl_layers == tuple(range(1, self.depth + 1))
+        sliding, compressed = self.attention_window == "sliding", self.use_compressed_mem
+        return [
+            (self.enhanced_recurrence and compressed,
+             "enhanced_recurrence=True goes without compressed memories, use_compressed_mem=True was given"),
+            (self.enhanced_recurrence and not full_memory,
+             f"enhanced_recurrence=True needs equal memories in all layers, not xl_layers={self.xl_layers} "
+             f"with num_xl_blocks={self.num_xl_blocks}"),
+            (sliding and self.num_xl_blocks > 1,
+             f"attention_window='sliding' looks back one block, num_xl_blocks={self.num_xl_blocks} was given"),
+            (sliding and compressed,
+             "attention_window='sliding' goes without compressed memories, use_compressed_mem=True was given"),
+            (self.empty_memory == "zeros" and compressed,
+             "empty_memory='zeros' goes without compressed memories, use_compressed_mem=True was given"),
+            (compressed and (self.num_xl_blocks == 0 or not self.xl_layers),
+             "use_compressed_mem=True compresses what leaves the XL memory, and no layer has one: "
+             f"num_xl_blocks={self.num_xl_blocks}, xl_layers={self.xl_layers}"),
+            (compressed and self.compressed_mem_factor > self.block_width,
+             f"compressed_mem_factor={self.compressed_mem_factor} is above block_width={self.block_width}"),
+            (compressed and self.block_width < 2,
+             f"use_compressed_mem=True needs block_width of at least 2, not {self.block_width}"),
+            (self.block_feedback and not self.recurrent_layers,
+             "block_feedback=True needs a recurrent layer, recurrent_layers=() was given"),
+            (self.block_feedback and self.read_recurrent_layers != self.recurrent_layers,
+             f"block_feedback=True decides who reads, read_recurrent_layers={self.read_recurrent_layers} was given"),
+            (self.all_layers_qk_rmsnorm and self.qk_norm == "none",
+             "all_layers_qk_rmsnorm=True needs a normalisation, qk_norm='none' was given"),
+            (self.positions == "xpos" and self.dim_head % 2 == 1,
+             f"positions='xpos' rotates pairs, dim_head={self.dim_head} is odd"),
+        ]  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """The config that `dataclasses.asdict` (or a JSON file of it) describes; unknown names are a ValueError."""
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
+            raise ValueError(f"config holds unknown options {unknown}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of everything that decides the shape and meaning of memories and states."""
+        free = {"max_seq_len", "ignore_index", "use_flash_attn", "use_checkpointing", "init"}
+        told = {k: v for k, v in asdict(self).items() if k not in free and not k.endswith("dropout")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    def reads(self, layer: int) -> tuple[int, ...]:
+        """The recurrent layers whose states are read at `layer`, its own first."""
+        writes = self.recurrent_layers or ()
+        if self.block_feedback and layer not in writes:
+            return (max(writes),)
+        pairs = zip(self.read_recurrent_layers or (), writes)
+        return tuple(sorted(write for read, write in pairs if read == layer))
+
+    def xl_width(self, layer: int) -> int:
+        """Tokens of complete blocks that `layer` remembers."""
+        return self.num_xl_blocks * self.block_width if layer in (self.xl_layers or ()) else 0
+
+    def compressed_width(self, layer: int) -> int:
+        """Entries of the compressed memory of `layer`."""
+        return self.block_width // 2 if self.use_compressed_mem and self.xl_width(layer) else 0
+
+    @property
+    def compressed_per_block(self) -> int:
+        """Entries that one block becomes when it is compressed."""
+        return self.block_width // self.compressed_mem_factor
+
+    @property
+    def reach(self) -> int:
+        """Complete blocks after which every memory is full and nothing is masked any more."""
+        if self.empty_memory == "zeros":
+            return 0
+        compressed = -(-(self.block_width // 2) // self.compressed_per_block) if self.use_compressed_mem else 0
+        return self.num_xl_blocks + compressed if self.xl_layers else 0
+
+    def stages(self) -> list[tuple[int, ...]]:
+        """Runs of layers, as indices from 0, that must go through the sequence together, block by block.
+
+        A state that is read below the layer that writes it ties all layers between; enhanced recurrence ties all.
+        """
+        ties = [(layer, write) for layer in range(1, self.depth + 1) for write in self.reads(layer) if layer < write]
+        if self.enhanced_recurrence:
+            ties.append((1, self.depth))
+        stages: list[tuple[int, ...]] = []
+        for layer in range(1, self.depth + 1):
+            tied = any(low < layer <= high for low, high in ties)
+            stages = [*stages[:-1], (*stages[-1], layer - 1)] if tied else [*stages, (layer - 1,)]
+        return stages
+
+
+# ----------------------------------------------------------------------------------------------------- 2 carried values
+
+
+class KV(NamedTuple):
+    """Keys and values, oldest first; keys neither rotated nor scaled. Each (b, g, j, e)."""
+
+    k: Tensor
+    v: Tensor
+
+
+class LayerMemory(NamedTuple):
+    """What one layer remembers. Buffers of fixed width; what has not been read yet is zero."""
+
+    xl: KV  # the last complete blocks, (b, g, xl_width, e), right-aligned
+    block: KV  # the block being filled, (b, g, w, e), left-aligned
+    compressed: KV | None = None  # (b, g, compressed_width, e), right-aligned
+
+
+class Memories(NamedTuple):
+    """The memories of all layers, and where each row of the batch stands in its stream."""
+
+    layers: tuple[LayerMemory, ...]
+    place: int | Tensor  # tokens in the block being filled, 0 ... w-1; (b,) int64 where rows differ
+    blocks: int  # complete blocks that every row remembers, counted up to `Config.reach`
+    ahead: Tensor | None = None  # (b,) int64: blocks that a row remembers beyond these, where rows differ
+
+
+class States(NamedTuple):
+    """The states as of the start of the block being filled: they change when it is complete."""
+
+    layers: tuple[Tensor, ...]  # one (b, s, d) for each recurrent layer, at least fp32
+    views: tuple[KV, ...] | None = None  # their keys and values as the tokens of this block read them; None: empty block
+
+
+Carried = TypeVar("Carried", Memories, States)
+
+
+def map_tensors(carried: Carried, function: Any) -> Carried:
+    """`carried` with `function` applied to each of its tensors."""
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, carried)  # type: ignore[no-any-return]
+
+
+def detach(carried: Carried) -> Carried:
+    """The same values without their gradients' history: what ends back-propagation at a segment's boundary."""
+    return map_tensors(carried, Tensor.detach)
+
+
+def select_rows(carried: Carried, rows: Tensor) -> Carried:
+    """The given rows, (m,) int64, in that order and possibly repeated: beam search, several samples of one prompt."""
+    return map_tensors(carried, lambda leaf: leaf.index_select(0, rows.to(leaf.device)))
+
+
+def forget_rows(memories: Memories, rows: Tensor) -> Memories:
+    """Memories in which `rows`, (b,) bool, hold no complete block any more; the block being filled stays."""
+    layers = tuple(
+        LayerMemory(zero_rows(layer.xl, rows), layer.block, layer.compressed and zero_rows(layer.compressed, rows))
+        for layer in memories.layers
+    )
+    if memories.blocks == 0 and memories.ahead is None:
+        return memories._replace(layers=layers)
+    held = memories.blocks + (0 if memories.ahead is None else memories.ahead)
+    return memories._replace(layers=layers, blocks=0, ahead=torch.where(rows, 0, held))
+
+
+def per_row(rows: Tensor, like: Tensor) -> Tensor:
+    """(b,) as (b, 1, ..., 1), to meet the axes of `like`."""
+    return rows.view(-1, *(1,) * (like.ndim - 1))
+
+
+def zero_rows(kv: KV, rows: Tensor) -> KV:
+    return KV(*(x.masked_fill(per_row(rows, x), 0) for x in kv))
+
+
+def choose_rows(rows: Tensor, new: KV, old: KV) -> KV:
+    return KV(*(torch.where(per_row(rows, n), n, o) for n, o in zip(new, old)))
+
+
+# --------------------------------------------------------------------------------------------- 3 norms and feed-forward
+
+
+def make_norm(config: Config) -> nn.Module:
+    """Layer norm with a gain and no bias, or RMS norm with epsilon 1e-6 inside the root."""
+    if config.norm == "layer":
+        return nn.LayerNorm(config.dim, bias=False)
+    return nn.RMSNorm(config.dim, eps=1e-6)
+
+
+class HeadsNorm(nn.Module):
+    """Normalisation of the queries and keys of one attention: none. Logits are scaled by 1 / sqrt(dim_head)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.scale = config.dim_head**-0.5
+
+    def store(self, k: Tensor) -> Tensor:
+        """Keys as they go into a memory; what all the attentions on the same keys share."""
+        return k
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    def scaled(self, bias: Tensor) -> Tensor:
+        """A position bias (h, ...) in the units of the logits."""
+        return bias
+
+
+class ChannelNorm(HeadsNorm):
+    """Unit queries and keys, each times a learned gain per channel; logits times `qk_norm_scale` (0.4.4 meant this)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scale = config.qk_norm_scale
+        self.q_scale = nn.Parameter(torch.ones(config.dim_head))
+        self.k_scale = nn.Parameter(torch.ones(config.dim_head))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
+
+
+class HeadNorm(HeadsNorm):
+    """Unit queries and keys; logits, position bias included, times |a| with a learned a per head (the authors' code)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scale = 1.0
+        self.head_scale = nn.Parameter(torch.ones(config.heads))
+
+    def store(self, k: Tensor) -> Tensor:
+        return k * (k.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.store(q) * self.head_scale.abs().view(-1, 1, 1), k
+
+    def scaled(self, bias: Tensor) -> Tensor:
+        return bias * self.head_scale.abs().view(-1, 1, 1)
+
+
+HEADS_NORMS = {"none": HeadsNorm, "channel": ChannelNorm, "head": HeadNorm}
+
+
+class Hidden(nn.Module):
+    """The hidden layer of a feed-forward, dim_in -> ff_dim: relu(x W), or x W1 * gelu(x W2)."""
+
+    def __init__(self, config: Config, dim_in: int) -> None:
+        super().__init__()
+        self.use_gate = config.ff_activation == "geglu"
+        self.to_hidden = nn.Linear(dim_in, config.ff_dim * (2 if self.use_gate else 1), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.to_hidden(x)
+        if not self.use_gate:
+            return F.relu(hidden)
+        value, gate = hidden.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.norm = make_norm(config)
+        self.hidden = Hidden(config, config.dim)
+        self.to_out = nn.Linear(config.ff_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.ff_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.to_out(self.hidden(self.norm(x))))
+
+
+# --------------------------------------------------------------------------------------------------------- 4 positions
+
+
+class Piece(NamedTuple):
+    """Part of a call that the layers take at once: n tokens of one block, or t whole blocks.
+
+    Rows agree, and `start`, `place` and `complete` are no tensors, or they differ, and then these are (b,) and `counts`
+    says how many of the n tokens a row really brings. Several blocks only when every memory is full.
+    """
+
+    start: int | Tensor  # the first token of the piece in the call
+    place: int | Tensor  # tokens already in the block
+    t: int  # blocks
+    n: int  # tokens of each
+    complete: bool | Tensor  # whether the block is full afterwards
+    blocks: int  # complete blocks that every row remembers
+    ahead: Tensor | None = None  # (b,) blocks that a row remembers beyond these
+    counts: Tensor | None = None
+
+    def one_by_one(self) -> list[Piece]:
+        """The same piece, a block at a time."""
+        return [self._replace(t=1)] * self.t
+
+
+class Pattern(NamedTuple):
+    """Who sees whom in the self-attention of a piece, for a layer that remembers m entries.
+
+    Positions count from the start of the block; remembered entries stand at -m ... -1.
+    """
+
+    first: int  # remembered entries that no query sees, oldest first: left out
+    last: int  # tokens of the block that some query sees: those after them are left out
+    distance: Tensor  # query position - key position, (n, j), or (b, n, j) where places differ
+    mask: Tensor | None  # True where visible, (n, j) or (b, n, j); None: everywhere, or causal
+    causal: bool  # n = j, and each query sees the keys up to its own
+    q_tables: Rotation | None  # the rotary tables of the queries' and the keys' positions
+    k_tables: Rotation | None
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the angles of some positions, times their xPos factor. Each (..., j, e), at least fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class XPos(nn.Module):
+    """Rotary positions with the xPos decay (Sun et al. 2022), over all channels, the two halves of a head as pairs.
+
+    Channel pair i turns by position * 10000^(-2i/e); queries are scaled by zeta_i^(position / 512), keys by its inverse,
+    zeta_i = (2i + 0.4 e) / (1.4 e). Only differences of positions matter. The tables are kept in fp32 (fp64 in an
+    fp64 model) whatever the type of the model is, for positions -low ... high-1.
+    """
+
+    SCALE_BASE = 512
+
+    def __init__(self, dim_head: int, low: int, high: int) -> None:
+        super().__init__()
+        self.dim_head, self.low, self.high = dim_head, low, high
+        self.register_buffer("tables", torch.empty(0), persistent=False)
+        self.tables: Tensor
+        self.reset_tables()
+
+    def reset_tables(self) -> None:
+        """Computes the tables anew, on the device and for the type that the buffer has now."""
+        kind = {"device": self.tables.device, "dtype": torch.promote_types(self.tables.dtype, torch.float32)}
+        even = torch.arange(0, self.dim_head, 2, **kind)  # type: ignore[call-overload]
+        position = torch.arange(-self.low, self.high, **kind)[:, None]  # type: ignore[call-overload]
+        angle = position * 10000 ** (-even / self.dim_head)
+        decay = ((even + 0.4 * self.dim_head) / (1.4 * self.dim_head)) ** (position / self.SCALE_BASE)
+        tables = [angle.cos() * decay, angle.sin() * decay, angle.cos() / decay, angle.sin() / decay]
+        self.tables = torch.stack([torch.cat((table, table), dim=-1) for table in tables])  # (4, low + high, e)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> XPos:
+        super()._apply(fn, recurse)
+        self.reset_tables()
+        return self
+
+    def at(self, first: int | Tensor, count: int) -> tuple[Rotation, Rotation]:
+        """For queries and for keys, the tables of `count` positions from `first` on; (b,) `first` gives (b, 1, j, e)."""
+        if isinstance(first, Tensor):
+            rows = first[:, None] + torch.arange(self.low, self.low + count, device=first.device)
+            cos_q, sin_q, cos_k, sin_k = self.tables[:, rows.clamp(max=self.low + self.high - 1)][:, :, None]
+        else:
+            cos_q, sin_q, cos_k, sin_k = self.tables[:, self.low + first : self.low + first + count]
+        return Rotation(cos_q, sin_q), Rotation(cos_k, sin_k)
+
+
+def rotate(x: Tensor, table: Rotation | None) -> Tensor:
+    """x (..., j, e) turned by its positions."""
+    if table is None:
+        return x
+    low, high = x.chunk(2, dim=-1)
+    return (x * table.cos + torch.cat((-high, low), dim=-1) * table.sin).to(x.dtype)
+
+
+class T5Bias(nn.Module):
+    """A learned bias per head and bucket of distances (Raffel et al. 2019): 16 exact buckets, 16 logarithmic ones to 128."""
+
+    BUCKETS, EXACT, FARTHEST = 32, 16, 128
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(config.heads, self.BUCKETS))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table, std=self.BUCKETS**-0.5)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """The bucket of each distance >= 0, int64."""
+        ratio = distance.clamp(min=1).to(torch.float32) / self.EXACT
+        steps = self.BUCKETS - self.EXACT
+        far = self.EXACT + (ratio.log() / math.log(self.FARTHEST / self.EXACT) * steps).long()
+        return torch.where(distance < self.EXACT, distance, far.clamp(max=self.BUCKETS - 1))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """Distances (...) -> bias (h, ...)."""
+        return self.table[:, self.bucket(distance.clamp(min=0))]
+
+
+class DynamicBias(nn.Module):
+    """A bias per head that a small MLP computes from the distance (the dynamic position bias of Swin V2 and CrossFormer)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = max(8, config.dim // 4)
+        self.use_log, self.unit = config.dynamic_log_distance, config.block_width
+        self.mlp = nn.Sequential(
+            nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, config.heads)
+        )
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """Distances (...) -> bias (h, ...). The MLP runs once per distance, not once per pair."""
+        weight = self.mlp[0].weight
+        far = distance.shape[-1] + distance.shape[-2] if distance.ndim else 1
+        steps = torch.arange(far, device=distance.device, dtype=weight.dtype)[:, None]
+        table = self.mlp(torch.log1p(steps) if self.use_log else steps / self.unit)  # (far, h)
+        return table.t()[:, distance.clamp(min=0)]
+
+
+POSITION_BIASES = {"t5": T5Bias, "dynamic": DynamicBias}
+
+
+# ------------------------------------------------------------------------------------------------------- 5 attention
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False,
+    dropout: float = 0.0, use_flash: bool = True,
+) -> Tensor:  # fmt: skip
+    """softmax(scale q k^T + mask) v. q (b, h, n, e), k and v (b, g, j, e) -> (b, h, n, e).
+
+    mask: bool (True where visible) or additive, to be broadcast to (b, h, n, j). A query that sees no key gives zeros.
+    Key/value heads are shared by h / g neighbouring query heads; without a mask these are one long row of queries.
+    """
+    heads, groups, n = q.shape[1], k.shape[1], q.shape[2]
+    v = v.to(q.dtype)
+    k = k.to(q.dtype)
+    if k.shape[2] == 0:
+        return torch.zeros_like(q)
+    if heads != groups and mask is None and not causal:
+        rows = q.reshape(q.shape[0], groups, -1, q.shape[3])
+        return attend(rows, k, v, scale=scale, dropout=dropout, use_flash=use_flash).view(q.shape)
+    if heads != groups:
+        k, v = (x[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2) for x in (k, v))
+    if use_flash:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    logits = q @ k.transpose(-1, -2) * scale
+    if causal:
+        mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        weights = logits.softmax(-1)
+    elif mask.dtype == torch.bool:
+        weights = logits.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0)
+    else:
+        empty = (mask == -math.inf).all(-1, keepdim=True)
+        weights = (logits + mask).softmax(-1).masked_fill(empty, 0)
+    return F.dropout(weights, dropout) @ v
+
+
+def split_heads(x: Tensor, t: int, heads: int) -> Tensor:
+    """(b, t n, h e) -> (b t, h, n, e): blocks go to the batch."""
+    return rearrange(x, "b (t n) (h e) -> (b t) h n e", t=t, h=heads)
+
+
+# --------------------------------------------------------------------------------------------------------- 6 memory
+
+
+def cat_keys(old: Tensor, new: Tensor) -> Tensor:
+    """[old ; new] along the keys."""
+    return torch.cat((old, new), dim=2) if old.shape[2] else new
+
+
+def extend(block: KV, new: KV, piece: Piece) -> KV:
+    """The block being filled with the new tokens in their places, (b, g, w, e); whole blocks as they are, (b, g, t w, e)."""
+    width = block.k.shape[2]
+    if piece.n == width and piece.counts is None:
+        return new
+    if isinstance(piece.place, int):
+        stop = piece.place + piece.n
+        return KV(*(torch.slice_scatter(old, x.to(old.dtype), 2, piece.place, stop) for old, x in zip(block, new)))
+    assert piece.counts is not None
+    slot = torch.arange(width, device=block.k.device) - piece.place[:, None]  # (b, w) index into the new tokens
+    fresh = ((slot >= 0) & (slot < piece.counts[:, None]))[:, None, :, None]
+    index = slot.clamp(0, piece.n - 1)[:, None, :, None].expand_as(block.k)
+    return KV(*(torch.where(fresh, x.to(old.dtype).gather(2, index), old) for old, x in zip(block, new)))
+
+
+def windows(stream: Tensor, width: int, step: int, t: int) -> Tensor:
+    """(b, g, j, e) -> (b, t, g, width, e): window i starts at i * step."""
+    if t == 1:
+        return stream[:, None, :, :width]
+    if width % step:
+        return stream.unfold(2, width, step)[:, :, :t].permute(0, 2, 1, 4, 3)
+    parts = stream.unflatten(2, (-1, step))
+    parts = torch.cat([parts[:, :, i : i + t] for i in range(width // step)], dim=3)
+    return parts.transpose(1, 2)
+
+
+class Compressor(nn.Module):
+    """Strided convolutions that turn `factor` tokens into one entry, keys and values apart (Rae et al. 2019)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.width, self.factor, self.groups = config.block_width, config.compressed_mem_factor, config.kv_heads
+        channels = 2 * config.kv_heads * config.dim_head
+        self.conv = nn.Conv1d(channels, channels, self.factor, stride=self.factor, groups=2)
+
+    def forward(self, evicted: KV) -> KV:
+        """(b, g, t w, e) -> (b, g, t (w // factor), e); the oldest w mod factor tokens of a block are passed over."""
+        g = self.groups
+        t = evicted.k.shape[2] // self.width
+        both = torch.cat([rearrange(x, "b g (t w) e -> (b t) (g e) w", t=t) for x in evicted], dim=1)
+        k, v = self.conv(both[:, :, self.width % self.factor :]).chunk(2, dim=1)
+        return KV(*(rearrange(x, "(b t) (g e) w -> b g (t w) e", t=t, g=g) for x in (k, v)))
+
+
+def remember(memory: LayerMemory, filled: KV, stream: KV | None, queue: KV | None, piece: Piece) -> LayerMemory:
+    """The memory after a piece.
+
+    filled: the block being filled (`extend`). stream, queue: [xl ; blocks that are complete now] and [compressed ; what
+    they push out of the XL memory, compressed], or None where no block is complete.
+    """
+    if stream is None:
+        return memory._replace(block=filled)
+    xl, block = newest(stream, memory.xl), KV(*(torch.zeros_like(x) for x in memory.block))
+    compressed = None if queue is None or memory.compressed is None else newest(queue, memory.compressed)
+    if isinstance(piece.complete, bool):
+        return LayerMemory(xl, block, compressed)
+    rows = piece.complete
+    if compressed is not None and memory.compressed is not None:
+        compressed = choose_rows(rows, compressed, memory.compressed)
+    return LayerMemory(choose_rows(rows, xl, memory.xl), choose_rows(rows, block, filled), compressed)
+
+
+def newest(stream: KV, queue: KV) -> KV:
+    """The last entries of a stream, as many as the queue holds, in buffers of their own."""
+    width = queue.k.shape[2]
+    return KV(*(x[:, :, x.shape[2] - width :].to(q.dtype) for x, q in zip(stream, queue)))
+
+
+# ----------------------------------------------------------------------------------------------------------- 7 gates
+
+
+class FixedGate(nn.Module):
+    """old * g + z * (1 - g), g = sigmoid(b): a learned share per channel of the old state is kept."""
+
+    def __init__(self, dim: int, dim_source: int) -> None:
+        super().__init__()
+        self.keep = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.keep, std=0.1)
+
+    def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
+        keep = self.keep.to(old.dtype).sigmoid()
+        return old * keep + z * (1 - keep)
+
+
+class FullGate(nn.Module):
+    """old * g + z * (1 - g), g = sigmoid(h W + b + 1), h the source of the candidate."""
+
+    def __init__(self, dim: int, dim_source: int) -> None:
+        super().__init__()
+        self.to_keep = nn.Linear(dim_source, dim)
+        nn.init.normal_(self.to_keep.bias, std=0.1)
+
+    def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
+        keep = (self.to_keep(source).to(old.dtype) + 1).sigmoid()
+        return old * keep + z * (1 - keep)
+
+
+class LSTMGate(nn.Module):
+    """old * f + z * i, f = sigmoid(h Wf + bf + 1), i = sigmoid(h Wi + bi - 1), h the source of the candidate."""
+
+    def __init__(self, dim: int, dim_source: int) -> None:
+        super().__init__()
+        self.to_forget = nn.Linear(dim_source, dim)
+        self.to_input = nn.Linear(dim_source, dim)
+        nn.init.normal_(self.to_forget.bias, std=0.1)
+        nn.init.normal_(self.to_input.bias, std=0.1)
+
+    def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
+        forget = (self.to_forget(source).to(old.dtype) + 1).sigmoid()
+        return old * forget + z * (self.to_input(source).to(old.dtype) - 1).sigmoid()
+
+
+GATES = {"fixed": FixedGate, "full": FullGate, "lstm": LSTMGate}
+
+
+# --------------------------------------------------------------------------------------------------- 8 recurrent cell
+
+
+class SkipUpdate(nn.Module):
+    """gate(S, C Wo): one gate, no feed-forward (the paper's best)."""
+
+    def __init__(self, config: Config, dim_attended: int) -> None:
+        super().__init__()
+        self.to_candidate = nn.Linear(dim_attended, config.dim, bias=config.candidate_bias)
+        self.gate = GATES[config.gate](config.dim, dim_attended)
+
+    def forward(self, state: Tensor, attended: Tensor) -> Tensor:
+        return self.gate(state, self.to_candidate(attended), attended)
+
+
+class DualUpdate(nn.Module):
+    """U = gate(S, C Wo), then gate'(U, feed-forward(U)): a gate in the place of each residual connection."""
+
+    def __init__(self, config: Config, dim_attended: int) -> None:
+        super().__init__()
+        self.attention = SkipUpdate(config, dim_attended)
+        self.norm = make_norm(config)
+        self.hidden = Hidden(config, config.dim)
+        self.to_candidate = nn.Linear(config.ff_dim, config.dim, bias=config.candidate_bias)
+        self.gate = GATES[config.gate](config.dim, config.ff_dim)
+
+    def forward(self, state: Tensor, attended: Tensor) -> Tensor:
+        state = self.attention(state, attended)
+        hidden = self.hidden(self.norm(state).to(attended.dtype))
+        return self.gate(state, self.to_candidate(hidden), hidden)
+
+
+class SingleUpdate(nn.Module):
+    """gate(S, tanh(hidden(C) W)): one gate around a feed-forward on what was attended to."""
+
+    def __init__(self, config: Config, dim_attended: int) -> None:
+        super().__init__()
+        self.hidden = Hidden(config, dim_attended)
+        self.to_candidate = nn.Linear(config.ff_dim, config.dim, bias=config.candidate_bias)
+        self.gate = GATES[config.gate](config.dim, config.ff_dim)
+
+    def forward(self, state: Tensor, attended: Tensor) -> Tensor:
+        hidden = self.hidden(attended)
+        return self.gate(state, self.to_candidate(hidden).tanh(), hidden)
+
+
+UPDATES = {"skip": SkipUpdate, "dual": DualUpdate, "single": SingleUpdate}
+
+
+class RecurrentCell(nn.Module):
+    """The horizontal direction: states (b, s, d) that attend to themselves and to the tokens of a block, then change."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        inner, dim = config.heads * config.dim_head, config.dim
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.use_flash = config.use_flash_attn
+        self.initial = nn.Parameter(torch.empty(config.num_state_vectors, dim))
+        self.ids = nn.Parameter(torch.empty(config.num_state_vectors, dim))
+        self.norm = make_norm(config)
+        self.to_kv = nn.Linear(dim, 2 * config.kv_heads * config.dim_head, bias=False)
+        self.to_self_q = nn.Linear(dim, inner, bias=False)
+        self.to_cross_q = nn.Linear(dim, inner, bias=False)
+        self.self_norm = HEADS_NORMS[config.qk_norm](config)
+        self.cross_norm = HEADS_NORMS[config.qk_norm](config)
+        self.update = UPDATES[config.state_update](config, 2 * inner)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.initial, std=0.1)
+        nn.init.normal_(self.ids)
+
+    def identified(self, state: Tensor) -> Tensor:
+        """norm(S) + ids: what keys, values and queries of the states come from."""
+        return self.norm(state.to(self.ids.dtype)) + self.ids
+
+    def project(self, state: Tensor) -> KV:
+        """State (b, s, d) -> its keys and values (b, g, s, e), shared by both directions."""
+        k, v = split_heads(self.to_kv(self.identified(state)), 1, 2 * self.kv_heads).chunk(2, dim=1)
+        return KV(self.self_norm.store(k), v)
+
+    def write(self, state: Tensor, view: KV, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The state after a block whose keys and values are k, v (b, g, j, e)."""
+        source = self.identified(state)
+        attended = []
+        for to_q, norm, keys, values, hidden in (
+            (self.to_self_q, self.self_norm, view.k, view.v, None),
+            (self.to_cross_q, self.cross_norm, k, v, mask),
+        ):
+            q, keys = norm(split_heads(to_q(source), 1, self.heads), keys)
+            attended.append(attend(q, keys, values, scale=norm.scale, mask=hidden, use_flash=self.use_flash))
+        return self.update(state, torch.cat([rearrange(x, "b h s e -> b s (h e)") for x in attended], dim=-1))
+
+    def forward(self, state: Tensor, view: KV, tokens: KV, mask: Tensor | None = None) -> tuple[KV, Tensor]:
+        """Goes through t complete blocks.
+
+        Args:
+            state: (b, s, d), as of the start of the first block, and `view`, its projection.
+            tokens: keys and values (b, t, g, j, e) that the states attend to.
+            mask: (b, 1, 1, j) bool, which of these are there; None: all.
+
+        Returns:
+            The projection of the state as of the start of each block, (b, t, g, s, e), and the state after the last.
+        """
+        views = [view]
+        for k, v in zip(tokens.k.unbind(1), tokens.v.unbind(1)):
+            state = self.write(state, views[-1], k, v, mask)
+            views.append(self.project(state) if len(views) < tokens.k.shape[1] else view)
+        return KV(*(torch.stack(x, dim=1) for x in zip(*views[:-1]))), state
+
+
+# ---------------------------------------------------------------------------------------------- 9 transformer block
+
+
+class TransformerBlock(nn.Module):
+    """One layer: self-attention beside the reads of states, feed-forward, and in a recurrent layer the cell it writes."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        is_recurrent = layer in (config.recurrent_layers or ())
+        inner, reads = config.heads * config.dim_head, config.reads(layer)
+        self.heads, self.kv_heads, self.use_flash = config.heads, config.kv_heads, config.use_flash_attn
+        self.is_own_read = layer in reads
+        self.other_reads = tuple(cell for cell in reads if cell != layer)
+        self.state_reads_memory = config.state_reads_memory
+        self.block_width = config.block_width
+        self.xl_width, self.compressed_width = config.xl_width(layer), config.compressed_width(layer)
+        self.attn_dropout = config.attn_dropout
+        self.norm = make_norm(config)
+        self.input_dropout = nn.Dropout(config.attn_input_dropout)
+        self.to_q = nn.Linear(config.dim, inner, bias=False)
+        self.to_kv = nn.Linear(config.dim, 2 * config.kv_heads * config.dim_head, bias=False)
+        use_norm = is_recurrent or config.all_layers_qk_rmsnorm
+        self.heads_norm = HEADS_NORMS[config.qk_norm if use_norm else "none"](config)
+        self.position_bias = POSITION_BIASES[config.positions](config) if config.positions in POSITION_BIASES else None
+        self.to_read_q = nn.ModuleList(nn.Linear(config.dim, inner, bias=False) for _ in reads)
+        self.read_norm = nn.ModuleList(HEADS_NORMS[config.qk_norm](config) for _ in reads)
+        self.to_out = nn.Linear(inner * (1 + len(reads)), config.dim, bias=False)
+        self.feed_forward = FeedForward(config)
+        self.compressor = Compressor(config) if config.compressed_width(layer) else None
+        self.cell = RecurrentCell(config) if is_recurrent else None
+
+    def self_attention(self, h: Tensor, keys: KV, pattern: Pattern, t: int) -> Tensor:
+        """Normalised tokens h (b, t n, d), keys and values (b t, g, j, e) -> (b t, h, n, e)."""
+        q, k = self.heads_norm(split_heads(self.to_q(h), t, self.heads), keys.k)
+        q, k = rotate(q, pattern.q_tables), rotate(k, pattern.k_tables)
+        mask, causal = pattern.mask, pattern.causal
+        if mask is not None:
+            mask = mask.view(-1, 1, *mask.shape[-2:])
+        if self.position_bias is not None:
+            bias = self.position_bias(pattern.distance).movedim(0, -3)
+            bias = self.heads_norm.scaled(bias).to(q.dtype).view(-1, *bias.shape[-3:])
+            if causal:
+                mask, causal = pattern.distance >= 0, False
+            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+        dropout = self.attn_dropout if self.training else 0.0
+        return attend(q, k, keys.v, scale=self.heads_norm.scale, mask=mask, causal=causal, dropout=dropout,
+                      use_flash=self.use_flash)  # fmt: skip
+
+    def read(self, h: Tensor, views: Sequence[KV], t: int) -> list[Tensor]:
+        """What the tokens find in the states: one (b t, h, n, e) for each view (b, t, g, s, e)."""
+        found = []
+        for to_q, norm, view in zip(self.to_read_q, self.read_norm, views):
+            q, k = norm(split_heads(to_q(h), t, self.heads), view.k.flatten(0, 1))
+            found.append(attend(q, k, view.v.flatten(0, 1), scale=norm.scale, use_flash=self.use_flash))
+        return found
+
+    def forward(
+        self, x: Tensor, memory: LayerMemory, state: Tensor | None, view: KV | None, reads: Sequence[KV], piece: Piece,
+        pattern: Pattern,
+    ) -> tuple[Tensor, LayerMemory, Tensor | None, KV | None]:  # fmt: skip
+        """One piece of the sequence through this layer.
+
+        Args:
+            x: (b, t n, d).
+            memory: of this layer, before the piece.
+            state, view: of this layer's cell as of the block's start; None in a plain layer.
+            reads: views (b, t, g, s, e) of other layers' states, to be read here.
+
+        Returns:
+            Tokens, memory and state after the piece, and the views of the own state, (b, t, g, s, e).
+        """
+        t = piece.t
+        h = self.input_dropout(self.norm(x))
+        k, v = split_heads(self.to_kv(h), 1, 2 * self.kv_heads).chunk(2, dim=1)
+        filled = extend(memory.block, KV(self.heads_norm.store(k), v), piece)
+        stream = queue = None
+        if piece.complete is not False:
+            stream = KV(*map(cat_keys, memory.xl, filled))
+        if stream is not None and memory.compressed is not None and self.compressor is not None:
+            evicted = self.compressor(KV(*(x[:, :, : filled.k.shape[2]] for x in stream)))
+            queue = KV(*map(cat_keys, memory.compressed, evicted))
+
+        views = None
+        if self.cell is not None and state is not None and view is not None:
+            views = KV(view.k[:, None], view.v[:, None])
+            if stream is not None:
+                views, written = self.cell(state, view, *self.to_be_read_by_states(stream, filled, piece))
+                rows = piece.complete
+                state = written if isinstance(rows, bool) else torch.where(per_row(rows, state), written, state)
+            if self.is_own_read:
+                reads = (views, *reads)
+
+        keys = self.visible(memory, filled, pattern) if t == 1 else self.visible_blocks(stream, queue, t)
+        attended = [self.self_attention(h, keys, pattern, t), *self.read(h, reads, t)]
+        x = x + self.to_out(torch.cat([rearrange(a, "(b t) h n e -> b (t n) (h e)", t=t) for a in attended], dim=-1))
+        x = x + self.feed_forward(x)
+        return x, remember(memory, filled, stream, queue, piece), state, views
+
+    def visible(self, memory: LayerMemory, filled: KV, pattern: Pattern) -> KV:
+        """What the tokens of one block see of [compressed ; xl ; block], (b, g, j, e)."""
+        past = memory.xl if memory.compressed is None else KV(*map(cat_keys, memory.compressed, memory.xl))
+        return KV(*(cat_keys(p[:, :, pattern.first :], f[:, :, : pattern.last]) for p, f in zip(past, filled)))
+
+    def visible_blocks(self, stream: KV | None, queue: KV | None, t: int) -> KV:
+        """The same for each of t whole blocks, (b t, g, j, e)."""
+        assert stream is not None
+        width, size = self.block_width, self.compressed_width
+        keys = [windows(x, self.xl_width + width, width, t) for x in stream]
+        if queue is not None:
+            keys = [torch.cat((windows(q, size, (q.shape[2] - size) // t, t), k), dim=3) for q, k in zip(queue, keys)]
+        return KV(*(k.flatten(0, 1) for k in keys))
+
+    def to_be_read_by_states(self, stream: KV, filled: KV, piece: Piece) -> tuple[KV, Tensor | None]:
+        """The tokens that the states attend to as each block completes, (b, t, g, j, e), and which are there (b, 1, 1, j)."""
+        width, t = self.block_width, piece.t
+        if not self.state_reads_memory:
+            return KV(*(windows(x, width, width, t) for x in filled)), None
+        if piece.ahead is None:
+            absent = self.xl_width - min(self.xl_width, piece.blocks * width)
+            return KV(*(windows(x[:, :, absent:], self.xl_width + width - absent, width, t) for x in stream)), None
+        absent_rows = self.xl_width - (piece.blocks + piece.ahead) * width
+        mask = torch.arange(self.xl_width + width, device=absent_rows.device) >= absent_rows[:, None]
+        return KV(*(x[:, None] for x in stream)), mask[:, None, None]
+
+
+# -------------------------------------------------------------------------------------- 10 Block-Recurrent Transformer
+
+
+def make_pattern(config: Config, piece: Piece, layer: int, rotary: XPos | None, device: torch.device) -> Pattern:
+    """Who sees whom in the self-attention of `layer` during `piece`."""
+    width, nearest = config.block_width, int(config.attention_window == "sliding")
+    xl, compressed = config.xl_width(layer), config.compressed_width(layer)
+    place, n = piece.place, piece.n
+    if piece.ahead is None and isinstance(place, int):
+        held = min(xl, piece.blocks * width)
+        held += min(compressed, max(0, piece.blocks - config.num_xl_blocks) * config.compressed_per_block)
+        low = -held if not nearest or piece.t > 1 else max(-held, place - width)
+        high = place + n - (nearest if piece.t == 1 else 0)
+    else:
+        low, high = -(xl + compressed), place + n if isinstance(place, int) else width
+
+    keys = torch.arange(low, high, device=device)
+    queries = torch.arange(n, device=device)
+    queries = queries + (place if isinstance(place, int) else place[:, None])
+    distance = queries[..., :, None] - keys
+    mask, causal = None, False
+    if piece.ahead is not None or not isinstance(place, int):
+        mask = within(distance, nearest, width) & held_rows(config, piece, keys, xl, compressed)
+    elif n > 1 or piece.t > 1:
+        causal = low == 0 and place == 0 and not nearest
+        mask = None if causal else within(distance, nearest, width)
+    q_tables = None if rotary is None else rotary.at(place, n)[0]
+    k_tables = None if rotary is None else rotary.at(low, high - low)[1]
+    return Pattern(xl + compressed + low, high, distance, mask, causal, q_tables, k_tables)
+
+
+def within(distance: Tensor, nearest: int, width: int) -> Tensor:
+    """Distances that a query sees: all from 0 on, or with a sliding window those from 1 to the block width."""
+    return (distance >= 1) & (distance <= width) if nearest else distance >= 0
+
+
+def held_rows(config: Config, piece: Piece, keys: Tensor, xl: int, compressed: int) -> Tensor:
+    """Which keys, at positions (j,), each row holds at all, (b, 1, j) bool; those of the block count as held."""
+    blocks = torch.as_tensor(piece.blocks, device=keys.device) + (0 if piece.ahead is None else piece.ahead)
+    blocks = blocks.view(-1, 1, 1)
+    in_xl = keys >= -(blocks * config.block_width).clamp(max=xl)
+    entries = ((blocks - config.num_xl_blocks) * config.compressed_per_block).clamp(0, compressed)
+    return torch.where(keys < -xl, keys >= -xl - entries, in_xl)
+
+
+def plan(config: Config, n: int, place: int, blocks: int, ahead: Tensor | None, start: int = 0) -> tuple[list[Piece], Any]:
+    """Cuts n tokens into pieces while all rows agree: the rest of the block, whole blocks, the beginning of a block.
+
+    Blocks go one by one until every memory is full. Also returns (place, blocks, ahead) afterwards.
+    """
+    pieces, width, reach, stop = [], config.block_width, config.reach, start + n
+    while start < stop:
+        if blocks >= reach:
+            ahead = None
+        whole = (stop - start) // width if place == 0 and blocks >= reach else 0
+        t, tokens = (whole, width) if whole else (1, min(stop - start, width - place))
+        complete = place + tokens == width
+        pieces.append(Piece(start, place, t, tokens, complete, blocks if reach else config.num_xl_blocks, ahead))
+        start, place = start + t * tokens, 0 if complete else place + tokens
+        if complete:
+            blocks = min(reach, blocks + t)
+            ahead = None if ahead is None else ahead.clamp(max=reach - blocks)
+    return pieces, (place, blocks, None if blocks >= reach else ahead)
+
+
+def plan_rows(
+    config: Config, lengths: list[int], starts: list[int], places: list[int], held: list[int], device: torch.device
+) -> tuple[list[Piece], Any]:
+    """The same while rows differ: each piece takes every row to the end of its block, or of its tokens."""
+    width, reach, pieces = config.block_width, config.reach, []
+
+    def tensor(values: list[Any]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    def agreed(values: list[int]) -> int | Tensor:
+        return values[0] if len(set(values)) == 1 else tensor(values)
+
+    def ahead() -> Tensor | None:
+        return None if len(set(held)) == 1 else tensor([h - min(held) for h in held])
+
+    while any(start < stop for start, stop in zip(starts, lengths)):
+        left = [stop - start for start, stop in zip(starts, lengths)]
+        t = min(left) // width if not any(places) and min(held) >= reach else 0
+        counts = [t * width] * len(left) if t else [min(x, width - place) for x, place in zip(left, places)]
+        n, blocks = width if t else max(counts), min(held) if reach else config.num_xl_blocks
+        full = [place + count == width or t > 0 for place, count in zip(places, counts)]
+        if len(set(zip(places, counts))) == 1:
+            pieces.append(Piece(agreed(starts), places[0], t or 1, n, full[0], blocks, ahead()))
+        else:
+            complete = tensor(full) if any(full) else False
+            pieces.append(Piece(tensor(starts), tensor(places), 1, n, complete, blocks, ahead(), tensor(counts)))
+        starts = [start + count for start, count in zip(starts, counts)]
+        places = [0 if f else place + count for f, place, count in zip(full, places, counts)]
+        held = [min(reach, h + (t or 1)) if f else h for f, h in zip(full, held)]
+    return pieces, (agreed(places), min(held), ahead())
+
+
+LOGITS_AT_ONCE = 2**24  # elements of the largest matrix of logits that `loss` makes
+
+
+def hand_down(layers: list[LayerMemory], complete: bool | Tensor, width: int) -> list[LayerMemory]:
+    """Enhanced recurrence: the newest block in the memory of each layer becomes the one that the next layer computed."""
+    handed = []
+    for layer, above in zip(layers, layers[1:]):
+        xl = KV(*(torch.cat((own[:, :, :-width], new[:, :, -width:]), dim=2) for own, new in zip(layer.xl, above.xl)))
+        handed.append(layer._replace(xl=xl if complete is True else choose_rows(complete, xl, layer.xl)))
+    return [*handed, layers[-1]]
+
+
+def init_lecun(module: nn.Module) -> None:
+    """The initial values of the paper's authors: truncated normal kernels of variance 1 / inputs, a tenth for gates."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=(std := module.in_features**-0.5 / 0.87962566), a=-2 * std, b=2 * std)
+    if isinstance(module, (LSTMGate, FullGate)):
+        for linear in module.children():
+            with torch.no_grad():
+                linear.weight.mul_(0.1**0.5)  # type: ignore[union-attr, operator]
+
+
+class BlockRecurrentTransformer(nn.Module):
+    """A language model that carries memories and states along a stream of tokens.
+
+    Args:
+        config: a `Config`, or its fields as keywords (`num_tokens=256, dim=512, depth=6, ...`).
+
+    Raises:
+        ValueError: options out of range or that cannot go together.
+    """
+
+    def __init__(self, config: Config | None = None, **options: Any) -> None:
+        super().__init__()
+        if config is not None and options:
+            raise ValueError(f"config was given, and so were the options {sorted(options)}")
+        self.config = config = Config(**options) if config is None else config
+        self.token_emb = nn.Embedding(config.num_tokens, config.dim)
+        self.emb_dropout = nn.Dropout(config.emb_dropout)
+        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(1, config.depth + 1))
+        self.norm = make_norm(config)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.to_logits = None if config.tie_embeddings else nn.Linear(config.dim, config.num_tokens, bias=False)
+        self.rotary = None
+        if config.positions == "xpos":
+            remembered = [config.xl_width(layer) + config.compressed_width(layer) for layer in range(1, config.depth + 1)]
+            self.rotary = XPos(config.dim_head, max(remembered), config.block_width)
+        self.stages = config.stages()
+        self.cells = sorted(config.recurrent_layers or ())  # layers with a state, from 1
+        if config.init == "lecun":
+            self.apply(init_lecun)
+        for name, parameter in self.named_parameters():
+            if ".cell." in name and any(part in name for part in ("gate.", "initial", "ids")):
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    # -- carried values
+
+    def init_memories(self, batch: int) -> Memories:
+        """Empty memories for a batch of that many rows: nothing has been read."""
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, not {batch}")
+        config, weight = self.config, self.token_emb.weight
+
+        def empty(width: int) -> KV:
+            return KV(*(weight.new_zeros(batch, config.kv_heads, width, config.dim_head) for _ in range(2)))
+
+        layers = []
+        for layer in range(1, config.depth + 1):
+            compressed = config.compressed_width(layer)
+            xl, block = empty(config.xl_width(layer)), empty(config.block_width)
+            layers.append(LayerMemory(xl, block, empty(compressed) if compressed else None))
+        return Memories(tuple(layers), place=0, blocks=0)
+
+    def init_states(self, batch: int) -> States:
+        """The learned initial states for a batch of that many rows."""
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, not {batch}")
+        return States(tuple(self.initial_state(cell).expand(batch, -1, -1) for cell in self.cells))
+
+    def initial_state(self, cell: int) -> Tensor:
+        initial: Tensor = self.layers[cell - 1].cell.initial  # type: ignore[union-attr, assignment]
+        return initial.to(torch.promote_types(initial.dtype, torch.float32))
+
+    # -- the one way through
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        xl_memories: Memories | None = None,
+        states: States | None = None,
+        reset: Tensor | None = None,
+        reset_states: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_loss: bool = False,
+        return_hidden: bool = False,
+        logits_to_keep: int | None = None,
+    ) -> tuple[Tensor, Memories, States]:
+        """Reads tokens where the memories left off.
+
+        Args:
+            x: token ids (b, n), n >= 1. With `return_loss` n + 1 of them, of which the last is only a target;
+                `ignore_index` among them is padding: no target, and read as token 0.
+            xl_memories: what an earlier call returned; None or [] for a fresh start.
+            states: likewise. Each may be given without the other.
+            reset: (b,) bool, rows in which a new document begins with this call.
+            reset_states: (b,) bool, rows whose states alone return to their initial values.
+            lengths: (b,) int, how many of the n tokens of each row are there (padding on the right); the output
+                behind them is zero.
+            return_loss: the mean cross-entropy in nats over all targets instead of logits.
+            return_hidden: the normalised hidden states (b, n, d) instead of logits.
+            logits_to_keep: only the logits of the last tokens of each row, so many.
+
+        Returns:
+            Logits (b, n, v), memories and states after the last token. They hold the graph: `detach` them between the
+            segments of truncated back-propagation.
+
+        Raises:
+            ValueError: token ids out of range, empty input, values carried over from another model, batch, device or
+                type, or arguments that do not go together.
+        """
+        targets = None
+        if return_loss:
+            x, targets = self.shifted(x, logits_to_keep, return_hidden)
+        self.check(x, xl_memories, states, {"reset": reset, "reset_states": reset_states}, lengths, logits_to_keep)
+        batch, n = x.shape
+        memories = xl_memories or self.init_memories(batch)
+        states = states or self.init_states(batch)
+        memories, states = self.reset_rows(memories, states, reset, reset_states)
+        pieces, (place, blocks, ahead) = self.pieces(n, memories, lengths)
+
+        hidden, layers, states = self.read(self.emb_dropout(self.token_emb(x)), memories, states, pieces)
+        memories = Memories(layers, place, blocks, ahead)
+        if isinstance(place, int) and place == 0:
+            states = states._replace(views=None)
+
+        if any(piece.counts is not None or isinstance(piece.start, Tensor) for piece in pieces):
+            hidden = self.in_order(hidden, pieces, n)
+        if lengths is not None and targets is not None:
+            behind = torch.arange(n, device=x.device) >= lengths[:, None]
+            targets = targets.masked_fill(behind, self.config.ignore_index)
+        if logits_to_keep:
+            hidden = self.last_tokens(hidden, lengths, logits_to_keep)
+        hidden = self.output_dropout(self.norm(hidden))
+        if targets is not None:
+            return self.loss(hidden, targets), memories, states
+        return hidden if return_hidden else self.logits(hidden), memories, states
+
+    def read(
+        self, x: Tensor, memories: Memories, states: States, pieces: list[Piece]
+    ) -> tuple[Tensor, tuple[LayerMemory, ...], States]:
+        """Embedded tokens (b, n, d) through all layers, piece after piece."""
+        layers = list(memories.layers)
+        state = dict(zip(self.cells, states.layers))
+        view: dict[int, KV] = dict(zip(self.cells, states.views or ()))
+        read = []
+        for piece in pieces:
+            if len(pieces) == 1 and isinstance(piece.start, int):
+                part = x
+            elif isinstance(piece.start, int):
+                part = x[:, piece.start : piece.start + piece.t * piece.n]
+            else:
+                index = piece.start[:, None] + torch.arange(piece.t * piece.n, device=x.device)
+                part = x.gather(1, index.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
+            seen: dict[int, KV] = {}  # the views as of the start of each block of the piece
+            patterns = self.patterns(piece, x.device)
+            for stage in self.stages:
+                part = self.run_stage(stage, part, layers, state, view, seen, piece, patterns)
+            read.append(part)
+        hidden = torch.cat(read, dim=1) if len(read) > 1 else read[0]
+        views = tuple(view[cell] for cell in self.cells) if len(view) == len(self.cells) else None
+        return hidden, tuple(layers), States(tuple(state[cell] for cell in self.cells), views)
+
+    def run_stage(
+        self, stage: tuple[int, ...], x: Tensor, layers: list[LayerMemory], state: dict[int, Tensor], view: dict[int, KV],
+        seen: dict[int, KV], piece: Piece, patterns: list[Pattern],
+    ) -> Tensor:  # fmt: skip
+        """One piece through layers that must be scanned together; a layer by itself takes all its blocks at once.
+
+        `layers`, `state` and `view` (the projection of each state as of the block's start) move on to the end of the
+        piece; `seen` receives the views of the stage's own cells for the layers above.
+        """
+        spans = piece.one_by_one() if len(stage) > 1 else [piece]
+        cells = [index + 1 for index in stage if self.layers[index].cell is not None]
+        parts: list[Tensor] = []
+        views: dict[int, list[KV]] = {cell: [] for cell in cells}
+        for span, part in zip(spans, x.split(spans[0].t * spans[0].n, dim=1)):
+            for cell in cells:
+                if cell not in view:
+                    view[cell] = self.layers[cell - 1].cell.project(state[cell])  # type: ignore[union-attr, operator]
+            now = seen | {cell: KV(*(kv[:, None] for kv in view[cell])) for cell in cells}
+            for index in stage:
+                layer, number = self.layers[index], index + 1
+                reads = [now[cell] for cell in layer.other_reads]  # type: ignore[union-attr]
+                part, layers[index], new_state, own = self.run_layer(
+                    layer, part, layers[index], state.get(number), view.get(number), reads, span, patterns[index]
+                )
+                if new_state is not None and own is not None:
+                    state[number], now[number] = new_state, own
+            for cell in cells:
+                views[cell].append(now[cell])
+                self.renew_view(cell, state, view, span.complete)
+            if self.config.enhanced_recurrence and span.complete is not False:
+                layers[:] = hand_down(layers, span.complete, self.config.block_width)
+            parts.append(part)
+        for cell in cells:
+            seen[cell] = KV(*(torch.cat(kv, dim=1) for kv in zip(*views[cell]))) if len(spans) > 1 else views[cell][0]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def run_layer(self, layer: nn.Module, *arguments: Any) -> Any:
+        if self.config.use_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
+
+    def renew_view(self, cell: int, state: dict[int, Tensor], view: dict[int, KV], complete: bool | Tensor) -> None:
+        """Where a block is complete, the view of the old state goes; the next block projects the new one."""
+        if complete is True:
+            del view[cell]
+        elif isinstance(complete, Tensor):
+            new = self.layers[cell - 1].cell.project(state[cell])  # type: ignore[union-attr, operator]
+            view[cell] = choose_rows(complete, new, view[cell])
+
+    def patterns(self, piece: Piece, device: torch.device) -> list[Pattern]:
+        """Who sees whom in each layer; layers with memories of the same width share one."""
+        kinds: dict[tuple[int, int], Pattern] = {}
+        patterns = []
+        for layer in range(1, self.config.depth + 1):
+            kind = (self.config.xl_width(layer), self.config.compressed_width(layer))
+            if kind not in kinds:
+                kinds[kind] = make_pattern(self.config, piece, layer, self.rotary, device)
+            patterns.append(kinds[kind])
+        return patterns
+
+    # -- before and after
+
+    def pieces(self, n: int, memories: Memories, lengths: Tensor | None) -> tuple[list[Piece], Any]:
+        """How a call of n tokens is cut, and (place, blocks, ahead) after it. Reads data only where rows differ."""
+        config, (_, place, blocks, ahead) = self.config, memories
+        if lengths is None and isinstance(place, int):
+            return plan(config, n, place, blocks, ahead)
+        batch, device = memories.layers[0].block.k.shape[0], memories.layers[0].block.k.device
+        places = [place] * batch if isinstance(place, int) else place.tolist()
+        held = [blocks] * batch if ahead is None else [min(config.reach, blocks + more) for more in ahead.tolist()]
+        ends = [n] * batch if lengths is None else lengths.tolist()
+        common = min(ends) if isinstance(place, int) and ahead is None else 0
+        pieces, (place, blocks, _) = plan(config, common, place, blocks, None) if common else ([], (place, blocks, None))
+        if common:
+            places, held = [place] * batch, [blocks] * batch
+        rest, after = plan_rows(config, ends, [common] * batch, places, held, device)
+        return pieces + rest, after
+
+    def in_order(self, hidden: Tensor, pieces: list[Piece], n: int) -> Tensor:
+        """The outputs of all pieces, (b, sum of t n, d), put where their tokens stood, (b, n, d); zero elsewhere."""
+        batch, device, base = hidden.shape[0], hidden.device, 0
+        order = torch.full((batch, n + 1), hidden.shape[1], device=device)
+        for piece in pieces:
+            size = piece.t * piece.n
+            index = torch.arange(size, device=device).expand(batch, size)
+            target = index + (piece.start if isinstance(piece.start, int) else piece.start[:, None])
+            if piece.counts is not None:
+                target = torch.where(index < piece.counts[:, None], target, n)
+            order.scatter_(1, target, index + base)
+            base += size
+        hidden = F.pad(hidden, (0, 0, 0, 1))
+        return hidden.gather(1, order[:, :n, None].expand(-1, -1, hidden.shape[2]))
+
+    def last_tokens(self, hidden: Tensor, lengths: Tensor | None, count: int) -> Tensor:
+        """(b, n, d) -> (b, count, d): the last tokens that each row has; zero where a row has fewer."""
+        if lengths is None:
+            return hidden[:, -count:]
+        index = lengths[:, None] - count + torch.arange(count, device=hidden.device)
+        last = hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2]))
+        return last.masked_fill((index < 0)[..., None], 0)
+
+    def reset_rows(
+        self, memories: Memories, states: States, reset: Tensor | None, reset_states: Tensor | None
+    ) -> tuple[Memories, States]:
+        """Rows of `reset` as at a fresh start, rows of `reset_states` with their initial states."""
+        if reset is not None:
+            memories = forget_rows(memories, reset)
+            blocks = tuple(layer._replace(block=zero_rows(layer.block, reset)) for layer in memories.layers)
+            memories = memories._replace(layers=blocks)
+            if isinstance(memories.place, Tensor) or memories.place:
+                place = torch.as_tensor(memories.place, device=reset.device).expand(len(reset)).masked_fill(reset, 0)
+                agreed = len(set(place.tolist())) == 1
+                memories = memories._replace(place=int(place[0]) if agreed else place)
+        for rows in (reset, reset_states):
+            if rows is not None:
+                pairs = zip(self.cells, states.layers)
+                fresh = tuple(torch.where(per_row(rows, old), self.initial_state(cell), old) for cell, old in pairs)
+                states = States(fresh)
+        return memories, states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n, v)."""
+        if self.to_logits is None:
+            return F.linear(hidden, self.token_emb.weight) * self.config.dim**-0.5
+        out: Tensor = self.to_logits(hidden)
+        return out
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over the targets that count; 0 without any. Logits exist for a chunk at a time."""
+        ignore = self.config.ignore_index
+        rows, wanted = hidden.flatten(0, 1), targets.flatten()
+
+        def summed(rows: Tensor, wanted: Tensor) -> Tensor:
+            logits = self.logits(rows)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return F.cross_entropy(logits, wanted, ignore_index=ignore, reduction="sum")
+
+        size = max(1, LOGITS_AT_ONCE // self.config.num_tokens)
+        if len(rows) <= size:
+            total = summed(rows, wanted)
+        else:
+            chunks = zip(rows.split(size), wanted.split(size))
+            total = torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+        return total / (targets != ignore).sum().clamp(min=1)
+
+    def shifted(self, x: Tensor, logits_to_keep: int | None, return_hidden: bool) -> tuple[Tensor, Tensor]:
+        """Tokens (b, n + 1) -> inputs and targets (b, n)."""
+        if logits_to_keep is not None or return_hidden:
+            raise ValueError("return_loss=True goes without logits_to_keep and return_hidden")
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] < 2:
+            raise ValueError(f"x must be token ids (b, n + 1) with n >= 1 when return_loss=True, not {describe(x)}")
+        self.check_ids(x, self.config.ignore_index)
+        return x[:, :-1].masked_fill(x[:, :-1] == self.config.ignore_index, 0), x[:, 1:]
+
+    # -- checks
+
+    def check(
+        self, x: Tensor, memories: Memories | None, states: States | None, resets: dict[str, Tensor | None],
+        lengths: Tensor | None, logits_to_keep: int | None,
+    ) -> None:  # fmt: skip
+        """Raises a ValueError that names the argument and the numbers. Data is read on the CPU only."""
+        if not isinstance(x, Tensor) or x.ndim != 2 or 0 in x.shape:
+            raise ValueError(f"x must be token ids (b, n) with b >= 1 and n >= 1, not {describe(x)}")
+        self.check_ids(x, None)
+        batch, n = x.shape
+        for name, value, kind in (("xl_memories", memories, Memories), ("states", states, States)):
+            if isinstance(value, list) and not value:
+                continue
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(
+                    f"{name} must be the {kind.__name__} that a call returned, not {type(value).__name__}; lists of "
+                    "tensors are what version 0.4.4 carried, see docs/migration.md"
+                )
+        if memories:
+            self.check_memories(memories, batch)
+        if states:
+            self.check_states(states, batch)
+        for name, rows in resets.items():
+            if rows is not None and (not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype != torch.bool):
+                raise ValueError(f"{name} must be ({batch},) bool, one for each row of x, not {describe(rows)}")
+            if rows is not None and rows.device != x.device:
+                raise ValueError(f"{name} is on {rows.device}, x is on {x.device}")
+        if lengths is not None:
+            if not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.is_floating_point():
+                raise ValueError(f"lengths must be ({batch},) int, one for each row of x, not {describe(lengths)}")
+            if int(lengths.min()) < 0 or int(lengths.max()) > n:
+                raise ValueError(f"lengths={lengths.tolist()} must be from 0 to the n={n} tokens of x")
+        if logits_to_keep is not None and not 1 <= logits_to_keep <= n:
+            raise ValueError(f"logits_to_keep={logits_to_keep} must be from 1 to the n={n} tokens of x")
+
+    def check_ids(self, x: Tensor, ignore: int | None) -> None:
+        if x.is_floating_point() or x.dtype == torch.bool or x.is_complex():
+            raise ValueError(f"x must be token ids (int64), not {describe(x)}")
+        if x.device != self.token_emb.weight.device:
+            raise ValueError(f"x is on {x.device}, the model is on {self.token_emb.weight.device}")
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+            return
+        ids = x if ignore is None else x[x != ignore]
+        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.config.num_tokens):
+            low, high = int(ids.min()), int(ids.max())
+            raise ValueError(f"x holds token ids from {low} to {high}, num_tokens={self.config.num_tokens}")
+
+    def check_memories(self, memories: Memories, batch: int) -> None:
+        config = self.config
+        if len(memories.layers) != config.depth:
+            raise ValueError(f"xl_memories holds {len(memories.layers)} layers, the model has depth={config.depth}")
+        for layer, memory in enumerate(memories.layers, start=1):
+            compressed = config.compressed_width(layer)
+            sizes = {"xl": config.xl_width(layer), "block": config.block_width, "compressed": compressed}
+            if (memory.compressed is None) != (compressed == 0):
+                raise ValueError(f"xl_memories of layer {layer} and use_compressed_mem={config.use_compressed_mem} disagree")
+            for name, size in sizes.items():
+                for kv in getattr(memory, name) or ():
+                    want = (batch, config.kv_heads, size, config.dim_head)
+                    self.check_carried(f"xl_memories, layer {layer}, {name}", kv, want, self.token_emb.weight.dtype)
+        if isinstance(memories.place, int) and not 0 <= memories.place < config.block_width:
+            raise ValueError(f"xl_memories stands at place {memories.place} of a block of {config.block_width}")
+
+    def check_states(self, states: States, batch: int) -> None:
+        config, dtype = self.config, torch.promote_types(self.token_emb.weight.dtype, torch.float32)
+        if len(states.layers) != len(self.cells):
+            raise ValueError(f"states holds {len(states.layers)} states, the model has recurrent_layers={self.cells}")
+        for cell, state in zip(self.cells, states.layers):
+            want = (batch, config.num_state_vectors or 0, config.dim)
+            self.check_carried(f"states of layer {cell}", state, want, dtype)
+
+    def check_carried(self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        device = self.token_emb.weight.device
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name}: shape {tuple(value.shape)}, this model and batch need {shape}")
+        if value.dtype != dtype or value.device != device:
+            raise ValueError(f"{name}: {value.dtype} on {value.device}, this model carries {dtype} on {device}")
+
+
+def describe(value: Any) -> str:
+    """A value as an error message shows it."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
