@@ -43,6 +43,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from . import convert
+
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # ------------------------------------------------------------------------------------------------------------ 1 config
@@ -482,11 +484,12 @@ class XPos(nn.Module):
 
     def reset_tables(self) -> None:
         """Computes the tables anew, on the device and for the type that the buffer has now."""
-        kind = {"device": self.tables.device, "dtype": torch.promote_types(self.tables.dtype, torch.float32)}
-        even = torch.arange(0, self.dim_head, 2, **kind)  # type: ignore[call-overload]
-        position = torch.arange(-self.low, self.high, **kind)[:, None]  # type: ignore[call-overload]
-        angle = position * 10000 ** (-even / self.dim_head)
-        decay = ((even + 0.4 * self.dim_head) / (1.4 * self.dim_head)) ** (position / self.SCALE_BASE)
+        device, dtype = self.tables.device, torch.promote_types(self.tables.dtype, torch.float32)
+        even = torch.arange(0, self.dim_head, 2, device=device, dtype=torch.float32)
+        frequency = 1.0 / (10000.0 ** (even / self.dim_head))  # fp32 in every model, so that all agree on them
+        zeta = (even + 0.4 * self.dim_head) / (1.4 * self.dim_head)
+        position = torch.arange(-self.low, self.high, device=device, dtype=dtype)[:, None]
+        angle, decay = position * frequency.to(dtype), zeta.to(dtype) ** (position / self.SCALE_BASE)
         tables = [angle.cos() * decay, angle.sin() * decay, angle.cos() / decay, angle.sin() / decay]
         self.tables = torch.stack([torch.cat((table, table), dim=-1) for table in tables])  # (4, low + high, e)
 
@@ -1116,6 +1119,46 @@ class BlockRecurrentTransformer(nn.Module):
         for name, parameter in self.named_parameters():
             if ".cell." in name and any(part in name for part in ("gate.", "initial", "ids")):
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    # -- other ways to make one
+
+    @classmethod
+    @typechecked
+    def from_lucidrains(
+        cls, state_dict: dict[str, Tensor], *, max_seq_len: int, block_width: int,
+        read_recurrent_layers: tuple[int, ...] | None = None,
+    ) -> BlockRecurrentTransformer:  # fmt: skip
+        """A model with the weights, and the numbers, of one of block-recurrent-transformer-pytorch 0.4.4.
+
+        Sizes and options are read from the state dict; `read_recurrent_layers` has to be given only where they leave a
+        choice. The logits of normalised queries and keys are divided by sqrt(dim_head), as 0.4.4 does. In eval mode,
+        on the device and of the type of the arrays.
+        """
+        options, weights = convert.from_lucidrains(
+            state_dict, max_seq_len=max_seq_len, block_width=block_width, read_recurrent_layers=read_recurrent_layers
+        )
+        return cls.from_weights(Config(**options), weights)
+
+    @classmethod
+    @typechecked
+    def from_meliad(cls, params: dict[str, Any], *, window_length: int) -> BlockRecurrentTransformer:
+        """A model with the weights, and the numbers, of one of the authors' code, given as `path -> array`.
+
+        Sizes and variant are read from the paths (those of a checkpoint, joined by "/"). In eval mode, of the type of
+        the arrays. Segments of any length; the block is `window_length`.
+        """
+        options, weights = convert.from_meliad(params, window_length=window_length)
+        return cls.from_weights(Config(**options), weights)
+
+    @classmethod
+    def from_weights(cls, config: Config, weights: dict[str, Tensor]) -> BlockRecurrentTransformer:
+        """A model in eval mode with these weights, on their device and of their type."""
+        like = weights["token_emb.weight"]
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(like.dtype).to_empty(device=like.device)
+        model.load_state_dict(weights)
+        return model.eval()
 
     # -- carried values
 

@@ -1,0 +1,259 @@
+"""Weights of other implementations: what config they have, and their arrays under our names. Pure functions."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------- block-recurrent-transformer-pytorch (lucidrains) 0.4.4
+
+
+def from_lucidrains(
+    state_dict: Mapping[str, Tensor], *, max_seq_len: int, block_width: int, read_recurrent_layers: tuple[int, ...] | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The options and the state dict of our model for a state dict of version 0.4.4.
+
+    Its attention divides the logits of normalised queries and keys by sqrt(dim_head), and the options say so. Its
+    two maps after the states' attention, one behind the other, become one; its gate keeps 1 - sigmoid(beta).
+
+    Raises:
+        ValueError: entries are missing or unknown, or the layers where states are read have to be given.
+    """
+    theirs = Entries(dict(state_dict), "state_dict")
+    depth = 1 + max((int(m[1]) for m in map(re.compile(r"layers\.(\d+)\.").match, theirs.left) if m), default=-1)
+    if depth < 1:
+        raise ValueError("state_dict holds no layers.N entries: not a BlockRecurrentTransformer of version 0.4.4")
+    inner, dim = theirs["layers.0.0.to_q.weight"].shape
+    dim_head = theirs["layers.0.0.to_kv.weight"].shape[0] // 2
+    writes = [n + 1 for n in range(depth) if f"layers.{n}.0.state_container.init_state" in theirs.left]
+    counts = [theirs[f"layers.{n}.0.to_out.weight"].shape[1] // inner - 1 for n in range(depth)]
+    reads = find_reads(tuple(writes), counts, read_recurrent_layers)
+    convolution = theirs.get("mem_manager.layers.0.1.1.weight")
+    options: dict[str, Any] = {
+        "num_tokens": theirs["token_emb.weight"].shape[0], "dim": dim, "depth": depth, "dim_head": dim_head,
+        "heads": inner // dim_head, "ff_dim": theirs["layers.0.1.3.weight"].shape[1], "max_seq_len": max_seq_len,
+        "block_width": block_width, "recurrent_layers": tuple(writes), "read_recurrent_layers": reads,
+        "num_state_vectors": theirs[f"layers.{writes[0] - 1}.0.state_container.init_state"].shape[0] if writes else None,
+        "all_layers_qk_rmsnorm": all(f"layers.{n}.0.attn.q_scale" in theirs.left for n in range(depth)),
+        "qk_norm_scale": dim_head**-0.5, "use_compressed_mem": convolution is not None,
+    }  # fmt: skip
+    if convolution is not None:
+        options["compressed_mem_factor"] = convolution.shape[2]
+
+    ours = {
+        "token_emb.weight": theirs.take("token_emb.weight"), "norm.weight": theirs.take("to_logits.0.gamma"),
+        "to_logits.weight": theirs.take("to_logits.1.weight"),
+    }  # fmt: skip
+    for n in range(depth):
+        ours |= lucidrains_layer(theirs, n, convolution is not None)
+    for write, read in zip(writes, reads):
+        here = [w for w, r in sorted(zip(writes, reads)) if r == read].index(write)
+        ours |= lucidrains_state(theirs, write - 1, f"layers.{read - 1}", here, dim_head)
+    for name in [name for name in theirs.left if name.endswith("beta")]:
+        if theirs.take(name).any():
+            raise ValueError(f"state_dict entry {name} is not zero, and the norms of version 0.4.4 have no bias")
+    theirs.check_empty()
+    return options, ours
+
+
+def find_reads(writes: tuple[int, ...], counts: list[int], given: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The layer where each state is read: `given`, or the only choice with `counts[n]` reads at layer n + 1."""
+    wanted = tuple(n for n, count in enumerate(counts, start=1) for _ in range(count))
+    choices = {reads for reads in itertools.permutations(wanted) if all(r <= w for r, w in zip(reads, writes))}
+    if given is not None:
+        if tuple(given) not in choices or len(given) != len(writes):
+            raise ValueError(f"read_recurrent_layers={given}, and the state_dict reads its states at layers {wanted}")
+        return tuple(given)
+    if len(choices) != 1 or len(wanted) != len(writes):
+        raise ValueError(f"read_recurrent_layers must be given: the states of {writes} can be read as {sorted(choices)}")
+    return choices.pop()
+
+
+def lucidrains_layer(theirs: Entries, n: int, has_compressed: bool) -> dict[str, Tensor]:
+    names = {
+        "norm.weight": f"layers.{n}.0.norm.gamma", "to_q.weight": f"layers.{n}.0.to_q.weight",
+        "to_kv.weight": f"layers.{n}.0.to_kv.weight", "to_out.weight": f"layers.{n}.0.to_out.weight",
+        "feed_forward.norm.weight": f"layers.{n}.1.0.gamma",
+        "feed_forward.hidden.to_hidden.weight": f"layers.{n}.1.1.weight",
+        "feed_forward.to_out.weight": f"layers.{n}.1.3.weight",
+    }  # fmt: skip
+    if f"layers.{n}.0.attn.q_scale" in theirs.left:
+        names |= {f"heads_norm.{x}_scale": f"layers.{n}.0.attn.{x}_scale" for x in "qk"}
+    if has_compressed:
+        names |= {f"compressor.conv.{x}": f"mem_manager.layers.{n}.1.1.{x}" for x in ("weight", "bias")}
+    return {f"layers.{n}.{ours}": theirs.take(name) for ours, name in names.items()}
+
+
+def lucidrains_state(theirs: Entries, n: int, reader: str, here: int, dim_head: int) -> dict[str, Tensor]:
+    """The state container of layer n (from 0), read in the layer `reader` as the state number `here`."""
+    container = f"layers.{n}.0.state_container"
+    names = {
+        "initial": "init_state", "ids": "state_pos_ids", "norm.weight": "state_norm.gamma",
+        "to_kv.weight": "state_to_kv.weight", "to_self_q.weight": "state_to_q.weight",
+        "to_cross_q.weight": "q_from_state.weight",
+        **{f"self_norm.{x}_scale": f"state_self_attn.{x}_scale" for x in "qk"},
+        **{f"cross_norm.{x}_scale": f"from_state_cross_attn.{x}_scale" for x in "qk"},
+    }  # fmt: skip
+    ours = {f"layers.{n}.cell.{name}": theirs.take(f"{container}.{other}") for name, other in names.items()}
+    first = theirs.take(f"{container}.to_state_out.weight")
+    first = first.unflatten(1, (-1, 2, dim_head)).transpose(1, 2).flatten(1)  # [self ; cross], there within a head
+    second = theirs.take(f"{container}.state_out_to_gate.weight")
+    update = f"layers.{n}.cell.update"
+    ours[f"{update}.to_candidate.weight"] = (second.double() @ first.double()).to(first.dtype)
+    ours[f"{update}.to_candidate.bias"] = theirs.take(f"{container}.state_out_to_gate.bias")
+    ours[f"{update}.gate.keep"] = -theirs.take(f"{container}.learned_ema_beta")
+    ours[f"{reader}.to_read_q.{here}.weight"] = theirs.take(f"{container}.q_to_state.weight")
+    for x in "qk":
+        ours[f"{reader}.read_norm.{here}.{x}_scale"] = theirs.take(f"{container}.to_state_cross_attn.{x}_scale")
+    return ours
+
+
+# ------------------------------------------------------------------------------------------- the authors' code (meliad)
+
+
+def from_meliad(params: Mapping[str, Any], *, window_length: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The options and the state dict of our model for parameters of the paper's own code, `path -> array`.
+
+    Raises:
+        ValueError: paths are missing, unknown, or describe something that the code's published settings do not.
+    """
+    theirs = Entries({path: torch.as_tensor(array) for path, array in params.items()}, "params")
+    depth = 1 + max((int(m[1]) for m in map(re.compile(r"transformer(\d+)/").match, theirs.left) if m), default=-1)
+    if depth < 1:
+        raise ValueError("params holds no transformerN/ paths: not a language model of the authors' code")
+    num_tokens, dim = theirs["embed/embedding"].shape
+    writes = [n for n in range(depth) if f"transformer{n}/recurrent_initial_state" in theirs.left]
+    others = [n for n in range(depth) if n not in writes]
+    options = {
+        "num_tokens": num_tokens, "depth": depth, "tie_embeddings": True, "max_seq_len": window_length,
+        "block_width": window_length, "recurrent_layers": tuple(n + 1 for n in writes),
+        "block_feedback": bool(writes) and any(f"transformer{n}/tbase/attention_scale2" in theirs.left for n in others),
+        **meliad_layer_options(theirs, "transformer0/", f"transformer{writes[0]}/" if writes else ""),
+    }  # fmt: skip
+    ours = {
+        "token_emb.weight": theirs.take("embed/embedding"),
+        "norm.weight": theirs.take("final_layernorm/scale"),
+    }
+    for n in range(depth):
+        ours |= meliad_layer(theirs, f"transformer{n}/", f"layers.{n}.")
+    theirs.check_empty()
+    return options, ours
+
+
+def meliad_layer_options(theirs: Entries, path: str, recurrent: str) -> dict[str, Any]:
+    """Sizes and options that the paths of one layer tell, and of a recurrent one (\"\" without)."""
+    dim, inner = theirs[f"{path}tbase/_kvq/queries_layer/kernel"].shape
+    heads = theirs[f"{path}relative_positions/rel_embedding"].shape[0]
+    normalised = f"{path}tbase/_kvq/attention_scale" in theirs.left
+    options: dict[str, Any] = {
+        "dim": dim, "heads": heads, "kv_heads": heads, "dim_head": inner // heads,
+        "ff_dim": theirs[f"{path}tbase/ffn/hidden0/kernel"].shape[1], "qk_norm": "head" if normalised else "none",
+        "all_layers_qk_rmsnorm": normalised, **PAPER,
+    }  # fmt: skip
+    if recurrent:
+        options["num_state_vectors"] = theirs[f"{recurrent}recurrent_initial_state"].shape[0]
+        cell = f"{recurrent}recurrent_tbase/"
+        dual = f"{cell}pre_ffn_layernorm/scale" in theirs.left
+        single = not dual and f"{cell}ffn/output_layer/kernel" in theirs.left
+        options["state_update"] = "dual" if dual else "single" if single else "skip"
+        mlp = f"{cell}{'ffn' if single else 'post_attn_mlp'}"
+        names = {"gate_bias": "fixed", "forget_gate/kernel": "lstm", "gate_layer/kernel": "full"}
+        gates = [gate for name, gate in names.items() if f"{mlp}/{name}" in theirs.left]
+        if len(gates) != 1:
+            raise ValueError(f"params: {mlp} must hold the parameters of one gate of {sorted(names.values())}, not {gates}")
+        options["gate"] = gates[0]
+    return options
+
+
+PAPER: dict[str, Any] = {  # what the authors' code does in all of its published settings
+    "attention_window": "sliding", "empty_memory": "zeros", "positions": "t5", "norm": "rms", "ff_activation": "relu",
+    "candidate_bias": False, "state_reads_memory": True, "init": "lecun",
+}  # fmt: skip
+
+
+def meliad_layer(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:
+    """One layer of the authors' code at `path`, under our names that begin with `ours`."""
+
+    def kernel(name: str) -> Tensor:
+        return theirs.take(f"{path}{name}/kernel").T.contiguous()
+
+    out = {
+        "norm.weight": theirs.take(f"{path}tbase/_kvq/pre_attn_layernorm/scale"),
+        "to_q.weight": kernel("tbase/_kvq/queries_layer"),
+        "to_kv.weight": torch.cat((kernel("tbase/_kvq/keys_layer"), kernel("tbase/_kvq/values_layer"))),
+        "to_out.weight": kernel("tbase/post_attn_mlp/output_layer"),
+        "position_bias.table": theirs.take(f"{path}relative_positions/rel_embedding"),
+        "feed_forward.norm.weight": theirs.take(f"{path}tbase/pre_ffn_layernorm/scale"),
+        "feed_forward.hidden.to_hidden.weight": kernel("tbase/ffn/hidden0"),
+        "feed_forward.to_out.weight": kernel("tbase/ffn/output_layer"),
+    }
+    scales = {"heads_norm": "tbase/_kvq/attention_scale", "read_norm.0": "tbase/attention_scale2"}
+    if f"{path}tbase/_kvq/queries2_layer/kernel" in theirs.left:
+        out["to_read_q.0.weight"] = kernel("tbase/_kvq/queries2_layer")
+    if f"{path}recurrent_initial_state" in theirs.left:
+        cell = "recurrent_tbase/"
+        scales |= {"cell.self_norm": f"{cell}_kvq/attention_scale", "cell.cross_norm": f"{cell}attention_scale2"}
+        out |= {
+            "cell.initial": theirs.take(f"{path}recurrent_initial_state"),
+            "cell.ids": theirs.take(f"{path}{cell}_kvq/position_embeddings"),
+            "cell.norm.weight": theirs.take(f"{path}{cell}_kvq/pre_attn_layernorm/scale"),
+            "cell.to_kv.weight": torch.cat((kernel(f"{cell}_kvq/keys_layer"), kernel(f"{cell}_kvq/values_layer"))),
+            "cell.to_self_q.weight": kernel(f"{cell}_kvq/queries_layer"),
+            "cell.to_cross_q.weight": kernel(f"{cell}_kvq/queries2_layer"),
+        }
+        has_attention_mlp = f"{path}{cell}post_attn_mlp/output_layer/kernel" in theirs.left
+        has_ffn = f"{path}{cell}ffn/output_layer/kernel" in theirs.left
+        if has_attention_mlp:
+            prefix = "cell.update.attention." if has_ffn else "cell.update."
+            out |= meliad_gated(theirs, f"{path}{cell}post_attn_mlp/", prefix)
+        if has_ffn:
+            out |= meliad_gated(theirs, f"{path}{cell}ffn/", "cell.update.")
+            out["cell.update.hidden.to_hidden.weight"] = kernel(f"{cell}ffn/hidden0")
+        if has_ffn and has_attention_mlp:
+            out["cell.update.norm.weight"] = theirs.take(f"{path}{cell}pre_ffn_layernorm/scale")
+    for name, scale in scales.items():
+        if f"{path}{scale}" in theirs.left:
+            out[f"{name}.head_scale"] = theirs.take(f"{path}{scale}")
+    return {ours + name: value for name, value in out.items()}
+
+
+def meliad_gated(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:
+    """The last map of an MLP of the state side, and its gate."""
+    out = {f"{ours}to_candidate.weight": theirs.take(f"{path}output_layer/kernel").T.contiguous()}
+    if f"{path}gate_bias" in theirs.left:
+        out[f"{ours}gate.keep"] = theirs.take(f"{path}gate_bias")
+    names = {"forget_gate": "to_forget", "input_gate": "to_input", "gate_layer": "to_keep"}
+    for name, linear in names.items():
+        if f"{path}{name}/kernel" in theirs.left:
+            out[f"{ours}gate.{linear}.weight"] = theirs.take(f"{path}{name}/kernel").T.contiguous()
+            out[f"{ours}gate.{linear}.bias"] = theirs.take(f"{path}{name}/bias")
+    return out
+
+
+class Entries:
+    """Arrays by name, each to be taken once; what is missing or left over is a ValueError."""
+
+    def __init__(self, entries: dict[str, Tensor], argument: str) -> None:
+        self.left, self.argument = entries, argument
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.left:
+            raise ValueError(f"{self.argument} lacks {name}")
+        return self.left[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.left.get(name)
+
+    def take(self, name: str) -> Tensor:
+        value = self[name]
+        del self.left[name]
+        return value.detach().clone()
+
+    def check_empty(self) -> None:
+        if self.left:
+            raise ValueError(f"{self.argument} holds entries that this model has no place for: {sorted(self.left)[:8]}")
