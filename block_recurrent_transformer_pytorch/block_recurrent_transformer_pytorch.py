@@ -17,10 +17,10 @@ A recurrent layer, for the tokens X of one block and the states S as of the bloc
 
 K, V come from the tokens of this block and of the blocks before it (the XL memory), Ks, Vs from norm(S) + state ids.
 
-The block being filled is the decoding cache: a layer carries the keys and values of the last complete blocks and those of
-the tokens of the current block, and a state is read as of the start of its block. So training segments, long prompts and
-one-token decoding are the same computation, and any split of a stream gives the same answer. Everything that travels from
-call to call is a value: it goes in as an argument and comes out as a result.
+The block being filled is the decoding cache: a layer carries the keys and values of the last complete blocks and
+those of the tokens of the current block, and a state is read as of the start of its block. So training segments, long
+prompts and one-token decoding are the same computation, and any split of a stream gives the same answer. Everything
+that travels from call to call is a value: it goes in as an argument and comes out as a result.
 
 Axis letters: b batch, n new tokens, t blocks, w block width, j keys, s states, h heads, g key/value heads, d dim,
 e dim_head.
@@ -31,9 +31,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple, TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +47,15 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from . import convert
+from .sampling import Sampler
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+if TYPE_CHECKING:
+    Count: TypeAlias = int
+    Layers: TypeAlias = tuple[int, ...]
+else:  # None may be given, and is replaced by what it stands for
+    Count, Layers = int | None, tuple[int, ...] | None
 
 # ------------------------------------------------------------------------------------------------------------ 1 config
 
@@ -69,13 +79,13 @@ class Config:
     heads: int = 8
     kv_heads: int = 1  # key/value heads, each shared by heads / kv_heads query heads
     ff_mult: float = 4  # hidden size: dim * ff_mult, times 2/3 for geglu (which has three matrices instead of two)
-    ff_dim: int | None = None  # the hidden size itself, instead of ff_mult
+    ff_dim: Count = None  # type: ignore[assignment]  # the hidden size itself, instead of ff_mult
     ff_activation: Literal["geglu", "relu"] = "geglu"
     # the stream
     max_seq_len: int = 1024  # default segment of the training wrapper; no limit on calls
     block_width: int = 512
     num_xl_blocks: int = 1  # complete blocks that a layer remembers word for word
-    xl_layers: tuple[int, ...] | None = None  # the layers that do; None: all
+    xl_layers: Layers = None  # type: ignore[assignment]  # the layers that do; None: all
     use_compressed_mem: bool = False  # a second queue of block_width // 2 entries for what leaves the first
     compressed_mem_factor: int = 4  # tokens in one compressed entry
     enhanced_recurrence: bool = False  # a layer remembers what the next layer computed one block earlier (ERNIE-Doc)
@@ -85,9 +95,9 @@ class Config:
     positions: Literal["xpos", "dynamic", "t5", "none"] = "xpos"
     dynamic_log_distance: bool = True  # the MLP of dynamic positions sees log(1 + distance) instead of distance / width
     # the recurrence
-    recurrent_layers: tuple[int, ...] | None = None  # None: (depth // 2,)
-    read_recurrent_layers: tuple[int, ...] | None = None  # where each state is read, at or below its layer; None: there
-    num_state_vectors: int | None = None  # None: block_width
+    recurrent_layers: Layers = None  # type: ignore[assignment]  # None: (depth // 2,)
+    read_recurrent_layers: Layers = None  # type: ignore[assignment]  # where each state is read, at or below its layer; None: there
+    num_state_vectors: Count = None  # type: ignore[assignment]  # None: block_width
     state_update: Literal["skip", "dual", "single"] = "skip"
     gate: Literal["fixed", "lstm", "full"] = "fixed"
     candidate_bias: bool = True  # b_z of the paper's z = W h + b_z
@@ -154,7 +164,7 @@ class Config:
                 raise ValueError(f"{name}={layers}: {unknown} not among the layers 1 to depth={self.depth}")
             if name != "read_recurrent_layers" and len(set(layers)) < len(layers):
                 raise ValueError(f"{name}={layers} names a layer twice")
-        reads, writes = self.read_recurrent_layers or (), self.recurrent_layers or ()
+        reads, writes = self.read_recurrent_layers, self.recurrent_layers
         if len(reads) != len(writes):
             raise ValueError(f"read_recurrent_layers={reads} must name one layer for each of recurrent_layers={writes}")
         if any(read > write for read, write in zip(reads, writes)):
@@ -198,7 +208,8 @@ class Config:
         """The config that `dataclasses.asdict` (or a JSON file of it) describes; unknown names are a ValueError."""
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise ValueError(f"config holds unknown options {unknown}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**given)
 
     @property
     def fingerprint(self) -> str:
@@ -209,15 +220,15 @@ class Config:
 
     def reads(self, layer: int) -> tuple[int, ...]:
         """The recurrent layers whose states are read at `layer`, its own first."""
-        writes = self.recurrent_layers or ()
+        writes = self.recurrent_layers
         if self.block_feedback and layer not in writes:
             return (max(writes),)
-        pairs = zip(self.read_recurrent_layers or (), writes)
+        pairs = zip(self.read_recurrent_layers, writes)
         return tuple(sorted(write for read, write in pairs if read == layer))
 
     def xl_width(self, layer: int) -> int:
         """Tokens of complete blocks that `layer` remembers."""
-        return self.num_xl_blocks * self.block_width if layer in (self.xl_layers or ()) else 0
+        return self.num_xl_blocks * self.block_width if layer in self.xl_layers else 0
 
     def compressed_width(self, layer: int) -> int:
         """Entries of the compressed memory of `layer`."""
@@ -282,7 +293,7 @@ class States(NamedTuple):
     """The states as of the start of the block being filled: they change when it is complete."""
 
     layers: tuple[Tensor, ...]  # one (b, s, d) for each recurrent layer, at least fp32
-    views: tuple[KV, ...] | None = None  # their keys and values as the tokens of this block read them; None: empty block
+    views: tuple[KV, ...] | None = None  # their keys and values as this block's tokens read them; None: empty block
 
 
 Carried = TypeVar("Carried", Memories, States)
@@ -341,6 +352,8 @@ def make_norm(config: Config) -> nn.Module:
 class HeadsNorm(nn.Module):
     """Normalisation of the queries and keys of one attention: none. Logits are scaled by 1 / sqrt(dim_head)."""
 
+    scale: float
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.scale = config.dim_head**-0.5
@@ -371,7 +384,7 @@ class ChannelNorm(HeadsNorm):
 
 
 class HeadNorm(HeadsNorm):
-    """Unit queries and keys; logits, position bias included, times |a| with a learned a per head (the authors' code)."""
+    """Unit queries and keys; logits, position bias included, times |a|, a learned per head (the authors' code)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -400,7 +413,7 @@ class Hidden(nn.Module):
         self.to_hidden = nn.Linear(dim_in, config.ff_dim * (2 if self.use_gate else 1), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.to_hidden(x)
+        hidden: Tensor = self.to_hidden(x)
         if not self.use_gate:
             return F.relu(hidden)
         value, gate = hidden.chunk(2, dim=-1)
@@ -416,7 +429,8 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.ff_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.to_out(self.hidden(self.norm(x))))
+        out: Tensor = self.dropout(self.to_out(self.hidden(self.norm(x))))
+        return out
 
 
 # --------------------------------------------------------------------------------------------------------- 4 positions
@@ -468,9 +482,9 @@ class Rotation(NamedTuple):
 class XPos(nn.Module):
     """Rotary positions with the xPos decay (Sun et al. 2022), over all channels, the two halves of a head as pairs.
 
-    Channel pair i turns by position * 10000^(-2i/e); queries are scaled by zeta_i^(position / 512), keys by its inverse,
-    zeta_i = (2i + 0.4 e) / (1.4 e). Only differences of positions matter. The tables are kept in fp32 (fp64 in an
-    fp64 model) whatever the type of the model is, for positions -low ... high-1.
+    Channel pair i turns by position * 10000^(-2i/e); queries are scaled by zeta_i^(position / 512), keys by its
+    inverse, with zeta_i = (2i + 0.4 e) / (1.4 e). Only differences of positions matter. The tables are kept in fp32
+    (fp64 in an fp64 model) whatever the type of the model is, for positions -low ... high - 1.
     """
 
     SCALE_BASE = 512
@@ -494,12 +508,12 @@ class XPos(nn.Module):
         self.tables = torch.stack([torch.cat((table, table), dim=-1) for table in tables])  # (4, low + high, e)
 
     def _apply(self, fn: Any, recurse: bool = True) -> XPos:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.reset_tables()
         return self
 
     def at(self, first: int | Tensor, count: int) -> tuple[Rotation, Rotation]:
-        """For queries and for keys, the tables of `count` positions from `first` on; (b,) `first` gives (b, 1, j, e)."""
+        """The tables of `count` positions from `first` on, for queries and keys; (b,) `first` gives (b, 1, j, e)."""
         if isinstance(first, Tensor):
             rows = first[:, None] + torch.arange(self.low, self.low + count, device=first.device)
             cos_q, sin_q, cos_k, sin_k = self.tables[:, rows.clamp(max=self.low + self.high - 1)][:, :, None]
@@ -517,8 +531,9 @@ def rotate(x: Tensor, table: Rotation | None) -> Tensor:
 
 
 class T5Bias(nn.Module):
-    """A learned bias per head and bucket of distances (Raffel et al. 2019): 16 exact buckets, 16 logarithmic ones to 128."""
+    """A learned bias per head and bucket of distances (Raffel et al. 2019): 16 exact, 16 logarithmic up to 128."""
 
+    _no_weight_decay = ("table",)
     BUCKETS, EXACT, FARTHEST = 32, 16, 128
 
     def __init__(self, config: Config) -> None:
@@ -542,22 +557,20 @@ class T5Bias(nn.Module):
 
 
 class DynamicBias(nn.Module):
-    """A bias per head that a small MLP computes from the distance (the dynamic position bias of Swin V2 and CrossFormer)."""
+    """A bias per head that a small MLP computes from the distance (as in CrossFormer, arXiv 2108.00154)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         width = max(8, config.dim // 4)
         self.use_log, self.unit = config.dynamic_log_distance, config.block_width
-        self.mlp = nn.Sequential(
-            nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, config.heads)
-        )
+        self.to_hidden = nn.Linear(1, width)
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, config.heads))
 
     def forward(self, distance: Tensor) -> Tensor:
         """Distances (...) -> bias (h, ...). The MLP runs once per distance, not once per pair."""
-        weight = self.mlp[0].weight
-        far = distance.shape[-1] + distance.shape[-2] if distance.ndim else 1
-        steps = torch.arange(far, device=distance.device, dtype=weight.dtype)[:, None]
-        table = self.mlp(torch.log1p(steps) if self.use_log else steps / self.unit)  # (far, h)
+        far = distance.shape[-1] + distance.shape[-2]
+        steps = torch.arange(far, device=distance.device, dtype=self.to_hidden.weight.dtype)[:, None]
+        table: Tensor = self.mlp(self.to_hidden(torch.log1p(steps) if self.use_log else steps / self.unit))  # (far, h)
         return table.t()[:, distance.clamp(min=0)]
 
 
@@ -615,7 +628,7 @@ def cat_keys(old: Tensor, new: Tensor) -> Tensor:
 
 
 def extend(block: KV, new: KV, piece: Piece) -> KV:
-    """The block being filled with the new tokens in their places, (b, g, w, e); whole blocks as they are, (b, g, t w, e)."""
+    """The block being filled with the new tokens in it, (b, g, w, e); whole blocks as they are, (b, g, t w, e)."""
     width = block.k.shape[2]
     if piece.n == width and piece.counts is None:
         return new
@@ -635,9 +648,8 @@ def windows(stream: Tensor, width: int, step: int, t: int) -> Tensor:
         return stream[:, None, :, :width]
     if width % step:
         return stream.unfold(2, width, step)[:, :, :t].permute(0, 2, 1, 4, 3)
-    parts = stream.unflatten(2, (-1, step))
-    parts = torch.cat([parts[:, :, i : i + t] for i in range(width // step)], dim=3)
-    return parts.transpose(1, 2)
+    parts = rearrange(stream, "b g (t n) e -> b t g n e", n=step)
+    return torch.cat([parts[:, i : i + t] for i in range(width // step)], dim=3)
 
 
 class Compressor(nn.Module):
@@ -685,8 +697,20 @@ def newest(stream: KV, queue: KV) -> KV:
 # ----------------------------------------------------------------------------------------------------------- 7 gates
 
 
+class GateLinear(nn.Linear):
+    """A gate's map, with the authors' initial bias; `optim.parameter_groups` leaves it undecayed."""
+
+    _no_weight_decay = ("weight", "bias")
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.bias, std=0.1)
+
+
 class FixedGate(nn.Module):
     """old * g + z * (1 - g), g = sigmoid(b): a learned share per channel of the old state is kept."""
+
+    _no_weight_decay = ("keep",)
 
     def __init__(self, dim: int, dim_source: int) -> None:
         super().__init__()
@@ -706,11 +730,10 @@ class FullGate(nn.Module):
 
     def __init__(self, dim: int, dim_source: int) -> None:
         super().__init__()
-        self.to_keep = nn.Linear(dim_source, dim)
-        nn.init.normal_(self.to_keep.bias, std=0.1)
+        self.to_keep = GateLinear(dim_source, dim)
 
     def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
-        keep = (self.to_keep(source).to(old.dtype) + 1).sigmoid()
+        keep: Tensor = (self.to_keep(source).to(old.dtype) + 1).sigmoid()
         return old * keep + z * (1 - keep)
 
 
@@ -719,14 +742,13 @@ class LSTMGate(nn.Module):
 
     def __init__(self, dim: int, dim_source: int) -> None:
         super().__init__()
-        self.to_forget = nn.Linear(dim_source, dim)
-        self.to_input = nn.Linear(dim_source, dim)
-        nn.init.normal_(self.to_forget.bias, std=0.1)
-        nn.init.normal_(self.to_input.bias, std=0.1)
+        self.to_forget = GateLinear(dim_source, dim)
+        self.to_input = GateLinear(dim_source, dim)
 
     def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
-        forget = (self.to_forget(source).to(old.dtype) + 1).sigmoid()
-        return old * forget + z * (self.to_input(source).to(old.dtype) - 1).sigmoid()
+        forget: Tensor = (self.to_forget(source).to(old.dtype) + 1).sigmoid()
+        take: Tensor = (self.to_input(source).to(old.dtype) - 1).sigmoid()
+        return old * forget + z * take
 
 
 GATES = {"fixed": FixedGate, "full": FullGate, "lstm": LSTMGate}
@@ -744,7 +766,8 @@ class SkipUpdate(nn.Module):
         self.gate = GATES[config.gate](config.dim, dim_attended)
 
     def forward(self, state: Tensor, attended: Tensor) -> Tensor:
-        return self.gate(state, self.to_candidate(attended), attended)
+        new: Tensor = self.gate(state, self.to_candidate(attended), attended)
+        return new
 
 
 class DualUpdate(nn.Module):
@@ -761,7 +784,8 @@ class DualUpdate(nn.Module):
     def forward(self, state: Tensor, attended: Tensor) -> Tensor:
         state = self.attention(state, attended)
         hidden = self.hidden(self.norm(state).to(attended.dtype))
-        return self.gate(state, self.to_candidate(hidden), hidden)
+        new: Tensor = self.gate(state, self.to_candidate(hidden), hidden)
+        return new
 
 
 class SingleUpdate(nn.Module):
@@ -775,14 +799,17 @@ class SingleUpdate(nn.Module):
 
     def forward(self, state: Tensor, attended: Tensor) -> Tensor:
         hidden = self.hidden(attended)
-        return self.gate(state, self.to_candidate(hidden).tanh(), hidden)
+        new: Tensor = self.gate(state, self.to_candidate(hidden).tanh(), hidden)
+        return new
 
 
 UPDATES = {"skip": SkipUpdate, "dual": DualUpdate, "single": SingleUpdate}
 
 
 class RecurrentCell(nn.Module):
-    """The horizontal direction: states (b, s, d) that attend to themselves and to the tokens of a block, then change."""
+    """The horizontal direction: states (b, s, d) attend to themselves and to the tokens of a block, then change."""
+
+    _no_weight_decay = ("initial", "ids")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -806,7 +833,8 @@ class RecurrentCell(nn.Module):
 
     def identified(self, state: Tensor) -> Tensor:
         """norm(S) + ids: what keys, values and queries of the states come from."""
-        return self.norm(state.to(self.ids.dtype)) + self.ids
+        normed: Tensor = self.norm(state.to(self.ids.dtype))
+        return normed + self.ids
 
     def project(self, state: Tensor) -> KV:
         """State (b, s, d) -> its keys and values (b, g, s, e), shared by both directions."""
@@ -823,7 +851,8 @@ class RecurrentCell(nn.Module):
         ):
             q, keys = norm(split_heads(to_q(source), 1, self.heads), keys)
             attended.append(attend(q, keys, values, scale=norm.scale, mask=hidden, use_flash=self.use_flash))
-        return self.update(state, torch.cat([rearrange(x, "b h s e -> b s (h e)") for x in attended], dim=-1))
+        new: Tensor = self.update(state, torch.cat([rearrange(x, "b h s e -> b s (h e)") for x in attended], dim=-1))
+        return new
 
     def forward(self, state: Tensor, view: KV, tokens: KV, mask: Tensor | None = None) -> tuple[KV, Tensor]:
         """Goes through t complete blocks.
@@ -847,11 +876,11 @@ class RecurrentCell(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One layer: self-attention beside the reads of states, feed-forward, and in a recurrent layer the cell it writes."""
+    """One layer: self-attention beside reads of states, feed-forward, and in a recurrent layer the cell it writes."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        is_recurrent = layer in (config.recurrent_layers or ())
+        is_recurrent = layer in config.recurrent_layers
         inner, reads = config.heads * config.dim_head, config.reads(layer)
         self.heads, self.kv_heads, self.use_flash = config.heads, config.kv_heads, config.use_flash_attn
         self.is_own_read = layer in reads
@@ -896,7 +925,8 @@ class TransformerBlock(nn.Module):
         found = []
         for to_q, norm, view in zip(self.to_read_q, self.read_norm, views):
             q, k = norm(split_heads(to_q(h), t, self.heads), view.k.flatten(0, 1))
-            found.append(attend(q, k, view.v.flatten(0, 1), scale=norm.scale, use_flash=self.use_flash))
+            scale: float = norm.scale  # type: ignore[assignment]
+            found.append(attend(q, k, view.v.flatten(0, 1), scale=scale, use_flash=self.use_flash))
         return found
 
     def forward(
@@ -956,7 +986,7 @@ class TransformerBlock(nn.Module):
         return KV(*(k.flatten(0, 1) for k in keys))
 
     def to_be_read_by_states(self, stream: KV, filled: KV, piece: Piece) -> tuple[KV, Tensor | None]:
-        """The tokens that the states attend to as each block completes, (b, t, g, j, e), and which are there (b, 1, 1, j)."""
+        """What states attend to as each block completes, (b, t, g, j, e), and which of it is there, (b, 1, 1, j)."""
         width, t = self.block_width, piece.t
         if not self.state_reads_memory:
             return KV(*(windows(x, width, width, t) for x in filled)), None
@@ -1013,17 +1043,17 @@ def held_rows(config: Config, piece: Piece, keys: Tensor, xl: int, compressed: i
     return torch.where(keys < -xl, keys >= -xl - entries, in_xl)
 
 
-def plan(config: Config, n: int, place: int, blocks: int, ahead: Tensor | None, start: int = 0) -> tuple[list[Piece], Any]:
+def plan(config: Config, n: int, place: int, blocks: int, ahead: Tensor | None) -> tuple[list[Piece], Any]:
     """Cuts n tokens into pieces while all rows agree: the rest of the block, whole blocks, the beginning of a block.
 
     Blocks go one by one until every memory is full. Also returns (place, blocks, ahead) afterwards.
     """
-    pieces, width, reach, stop = [], config.block_width, config.reach, start + n
-    while start < stop:
+    pieces, width, reach, start = [], config.block_width, config.reach, 0
+    while start < n:
         if blocks >= reach:
             ahead = None
-        whole = (stop - start) // width if place == 0 and blocks >= reach else 0
-        t, tokens = (whole, width) if whole else (1, min(stop - start, width - place))
+        whole = (n - start) // width if place == 0 and blocks >= reach else 0
+        t, tokens = (whole, width) if whole else (1, min(n - start, width - place))
         complete = place + tokens == width
         pieces.append(Piece(start, place, t, tokens, complete, blocks if reach else config.num_xl_blocks, ahead))
         start, place = start + t * tokens, 0 if complete else place + tokens
@@ -1068,23 +1098,21 @@ def plan_rows(
 LOGITS_AT_ONCE = 2**24  # elements of the largest matrix of logits that `loss` makes
 
 
-def hand_down(layers: list[LayerMemory], complete: bool | Tensor, width: int) -> list[LayerMemory]:
-    """Enhanced recurrence: the newest block in the memory of each layer becomes the one that the next layer computed."""
+def hand_down(layers: list[LayerMemory], complete: Tensor | bool, width: int) -> list[LayerMemory]:
+    """Enhanced recurrence: the newest block in the memory of each layer becomes what the next layer computed."""
     handed = []
-    for layer, above in zip(layers, layers[1:]):
+    for layer, above in pairwise(layers):
         xl = KV(*(torch.cat((own[:, :, :-width], new[:, :, -width:]), dim=2) for own, new in zip(layer.xl, above.xl)))
-        handed.append(layer._replace(xl=xl if complete is True else choose_rows(complete, xl, layer.xl)))
+        handed.append(layer._replace(xl=choose_rows(complete, xl, layer.xl) if isinstance(complete, Tensor) else xl))
     return [*handed, layers[-1]]
 
 
 def init_lecun(module: nn.Module) -> None:
-    """The initial values of the paper's authors: truncated normal kernels of variance 1 / inputs, a tenth for gates."""
+    """The initial values of the paper's authors: truncated normal, variance 1 / inputs, a tenth of that for gates."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=(std := module.in_features**-0.5 / 0.87962566), a=-2 * std, b=2 * std)
-    if isinstance(module, (LSTMGate, FullGate)):
-        for linear in module.children():
-            with torch.no_grad():
-                linear.weight.mul_(0.1**0.5)  # type: ignore[union-attr, operator]
+        variance = (0.1 if isinstance(module, GateLinear) else 1.0) / module.in_features
+        std = variance**0.5 / 0.87962566  # of the normal before it is cut at two of them
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
 
 class BlockRecurrentTransformer(nn.Module):
@@ -1110,15 +1138,13 @@ class BlockRecurrentTransformer(nn.Module):
         self.to_logits = None if config.tie_embeddings else nn.Linear(config.dim, config.num_tokens, bias=False)
         self.rotary = None
         if config.positions == "xpos":
-            remembered = [config.xl_width(layer) + config.compressed_width(layer) for layer in range(1, config.depth + 1)]
-            self.rotary = XPos(config.dim_head, max(remembered), config.block_width)
+            layers = range(1, config.depth + 1)
+            remembered = max(config.xl_width(layer) + config.compressed_width(layer) for layer in layers)
+            self.rotary = XPos(config.dim_head, remembered, config.block_width)
         self.stages = config.stages()
-        self.cells = sorted(config.recurrent_layers or ())  # layers with a state, from 1
+        self.cells = sorted(config.recurrent_layers)  # layers with a state, from 1
         if config.init == "lecun":
             self.apply(init_lecun)
-        for name, parameter in self.named_parameters():
-            if ".cell." in name and any(part in name for part in ("gate.", "initial", "ids")):
-                parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
     # -- other ways to make one
 
@@ -1279,8 +1305,8 @@ class BlockRecurrentTransformer(nn.Module):
         return hidden, tuple(layers), States(tuple(state[cell] for cell in self.cells), views)
 
     def run_stage(
-        self, stage: tuple[int, ...], x: Tensor, layers: list[LayerMemory], state: dict[int, Tensor], view: dict[int, KV],
-        seen: dict[int, KV], piece: Piece, patterns: list[Pattern],
+        self, stage: tuple[int, ...], x: Tensor, layers: list[LayerMemory], state: dict[int, Tensor],
+        view: dict[int, KV], seen: dict[int, KV], piece: Piece, patterns: list[Pattern],
     ) -> Tensor:  # fmt: skip
         """One piece through layers that must be scanned together; a layer by itself takes all its blocks at once.
 
@@ -1291,7 +1317,7 @@ class BlockRecurrentTransformer(nn.Module):
         cells = [index + 1 for index in stage if self.layers[index].cell is not None]
         parts: list[Tensor] = []
         views: dict[int, list[KV]] = {cell: [] for cell in cells}
-        for span, part in zip(spans, x.split(spans[0].t * spans[0].n, dim=1)):
+        for span, part in zip(spans, torch.split(x, spans[0].t * spans[0].n, dim=1)):
             for cell in cells:
                 if cell not in view:
                     view[cell] = self.layers[cell - 1].cell.project(state[cell])  # type: ignore[union-attr, operator]
@@ -1349,11 +1375,12 @@ class BlockRecurrentTransformer(nn.Module):
         places = [place] * batch if isinstance(place, int) else place.tolist()
         held = [blocks] * batch if ahead is None else [min(config.reach, blocks + more) for more in ahead.tolist()]
         ends = [n] * batch if lengths is None else lengths.tolist()
-        common = min(ends) if isinstance(place, int) and ahead is None else 0
-        pieces, (place, blocks, _) = plan(config, common, place, blocks, None) if common else ([], (place, blocks, None))
-        if common:
-            places, held = [place] * batch, [blocks] * batch
-        rest, after = plan_rows(config, ends, [common] * batch, places, held, device)
+        pieces: list[Piece] = []
+        starts = [0] * batch
+        if isinstance(place, int) and ahead is None and min(ends):
+            pieces, (place, blocks, _) = plan(config, min(ends), place, blocks, None)
+            starts, places, held = [min(ends)] * batch, [place] * batch, [blocks] * batch
+        rest, after = plan_rows(config, ends, starts, places, held, device)
         return pieces + rest, after
 
     def in_order(self, hidden: Tensor, pieces: list[Piece], n: int) -> Tensor:
@@ -1401,7 +1428,7 @@ class BlockRecurrentTransformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, v)."""
         if self.to_logits is None:
-            return F.linear(hidden, self.token_emb.weight) * self.config.dim**-0.5
+            return F.linear(hidden * self.config.dim**-0.5, self.token_emb.weight)
         out: Tensor = self.to_logits(hidden)
         return out
 
@@ -1419,7 +1446,7 @@ class BlockRecurrentTransformer(nn.Module):
         if len(rows) <= size:
             total = summed(rows, wanted)
         else:
-            chunks = zip(rows.split(size), wanted.split(size))
+            chunks = zip(torch.split(rows, size), torch.split(wanted, size))
             total = torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
         return total / (targets != ignore).sum().clamp(min=1)
 
@@ -1431,6 +1458,173 @@ class BlockRecurrentTransformer(nn.Module):
             raise ValueError(f"x must be token ids (b, n + 1) with n >= 1 when return_loss=True, not {describe(x)}")
         self.check_ids(x, self.config.ignore_index)
         return x[:, :-1].masked_fill(x[:, :-1] == self.config.ignore_index, 0), x[:, 1:]
+
+    # -- generation
+
+    @typechecked
+    def generate(
+        self,
+        prime: Tensor | list[Tensor],
+        length: int | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        lengths: Tensor | None = None,
+        xl_memories: Memories | list[Any] | None = None,
+        states: States | list[Any] | None = None,
+        temperature: float = 1.0,
+        repetition_penalty: float = 1.0,
+        filter_thres: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_tokens: int | Sequence[int] = (),
+        pad_token: int = 0,
+        num_return_sequences: int = 1,
+        generator: torch.Generator | None = None,
+        return_memories_and_states: bool = False,
+    ) -> Tensor | tuple[Tensor, Memories, States]:
+        """Continues prompts, at the same cost per token however much was read before.
+
+        Args:
+            prime: prompts (b, m), m >= 1; or a list of 1-D tensors of any lengths; or padded on the right, with
+                `lengths` (b,). With `xl_memories` and `states` they continue what these have read.
+            length: tokens of prompt and continuation together, as 0.4.4 counts them (default max_seq_len + 1).
+            max_new_tokens: tokens of the continuation, instead of `length`.
+            temperature, repetition_penalty, filter_thres, top_k, top_p, min_p: see `sampling.Sampler`; temperature 0
+                is greedy. Without any filter, filter_thres is 0.9 as in 0.4.4.
+            stop_tokens: a row ends with the first of these, and is padded with `pad_token` behind it.
+            num_return_sequences: continuations of each prompt, one after the other in the rows of the result.
+            generator: source of the randomness, on the model's device.
+            return_memories_and_states: return (tokens, memories, states). The last token of each row is not read yet:
+                begin the next prompt with it.
+
+        Returns:
+            The new tokens alone, (b * num_return_sequences, n) int64; n is less than asked for if all rows stopped.
+
+        Raises:
+            ValueError: an argument out of range, or arguments that do not go together.
+        """
+        steps = self.stream(
+            prime, length, max_new_tokens=max_new_tokens, lengths=lengths, xl_memories=xl_memories, states=states,
+            temperature=temperature, repetition_penalty=repetition_penalty, filter_thres=filter_thres, top_k=top_k,
+            top_p=top_p, min_p=min_p, stop_tokens=stop_tokens, pad_token=pad_token,
+            num_return_sequences=num_return_sequences, generator=generator,
+        )  # fmt: skip
+        tokens = []
+        while True:
+            try:
+                tokens.append(next(steps))
+            except StopIteration as end:
+                new = torch.stack(tokens, dim=1)
+                return (new, *end.value) if return_memories_and_states else new
+
+    @typechecked
+    def stream(
+        self,
+        prime: Tensor | list[Tensor],
+        length: int | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        lengths: Tensor | None = None,
+        xl_memories: Memories | list[Any] | None = None,
+        states: States | list[Any] | None = None,
+        temperature: float = 1.0,
+        repetition_penalty: float = 1.0,
+        filter_thres: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop_tokens: int | Sequence[int] = (),
+        pad_token: int = 0,
+        num_return_sequences: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Generator[Tensor, None, tuple[Memories, States]]:
+        """The same as `generate`, yielding the tokens (b,) as they come; memories and states are the return value."""
+        if filter_thres is None and top_k is None and top_p is None and min_p is None:
+            filter_thres = 0.9
+        sampler = Sampler(temperature=temperature, repetition_penalty=repetition_penalty, filter_thres=filter_thres,
+                          top_k=top_k, top_p=top_p, min_p=min_p)  # fmt: skip
+        if num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}")
+        stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
+        for name, ids in (("stop_tokens", stops), ("pad_token", (pad_token,))):
+            if wrong := [token for token in ids if not 0 <= token < self.config.num_tokens]:
+                raise ValueError(f"{name} holds {wrong}, num_tokens={self.config.num_tokens}")
+        prompt, lengths = self.prompts(prime, lengths)
+        counts = self.new_tokens(prompt, lengths, length, max_new_tokens)
+        return self.decode(prompt, lengths, counts, xl_memories, states, sampler, stops, pad_token,
+                           num_return_sequences, generator)  # fmt: skip
+
+    def decode(
+        self, prompt: Tensor, lengths: Tensor | None, counts: list[int], xl_memories: Any, states: Any,
+        sampler: Sampler, stops: tuple[int, ...], pad_token: int, repeats: int, generator: torch.Generator | None,
+    ) -> Generator[Tensor, None, tuple[Memories, States]]:  # fmt: skip
+        """The loop of `stream`: read, choose, yield. Rows that have ended read nothing more."""
+        with evaluating(self):
+            logits, memories, carried = self(
+                prompt, xl_memories=xl_memories, states=states, lengths=lengths, logits_to_keep=1
+            )
+        seen = self.seen_tokens(prompt, lengths)
+        if repeats > 1:
+            rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(repeats)
+            logits, seen, counts = logits[rows], seen[rows], [count for count in counts for _ in range(repeats)]
+            memories, carried = select_rows(memories, rows), select_rows(carried, rows)
+        stop = torch.tensor(stops, device=prompt.device, dtype=torch.long)
+        left = torch.tensor(counts, device=prompt.device)
+        can_end_early = bool(stops) or len(set(counts)) > 1
+        alive = torch.ones_like(left, dtype=torch.bool)
+        for step in range(max(counts)):
+            token = sampler(logits[:, -1], seen, generator).masked_fill(~alive, pad_token)
+            yield token
+            seen.scatter_(1, token[:, None], True)
+            alive = alive & ~torch.isin(token, stop) & (left > step + 1)
+            if step + 1 == max(counts) or (can_end_early and not alive.any()):
+                break
+            lengths = alive.long() if can_end_early and not alive.all() else None
+            with evaluating(self):
+                logits, memories, carried = self(token[:, None], xl_memories=memories, states=carried, lengths=lengths)
+        return memories, carried
+
+    def prompts(self, prime: Tensor | list[Tensor], lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Prompts as (b, m) int64, and their lengths (b,) if they differ."""
+        if isinstance(prime, list):
+            if lengths is not None:
+                raise ValueError("lengths goes with a padded prime, not with a list of prompts")
+            if not prime or any(row.ndim != 1 for row in prime):
+                raise ValueError(f"prime must be a list of 1-D tensors, not of {[describe(row) for row in prime]}")
+            lengths = torch.tensor([len(row) for row in prime], device=prime[0].device)
+            prime = nn.utils.rnn.pad_sequence(prime, batch_first=True)
+        if prime.ndim != 2 or 0 in prime.shape:
+            raise ValueError(f"prime must be (b, m) with b >= 1 and m >= 1, not {describe(prime)}")
+        if lengths is not None and (lengths.shape != prime.shape[:1] or int(lengths.min()) < 1):
+            raise ValueError(f"lengths={lengths.tolist()} must be ({len(prime)},), each at least 1")
+        return prime, lengths
+
+    def new_tokens(
+        self, prompt: Tensor, lengths: Tensor | None, length: int | None, max_new_tokens: int | None
+    ) -> list[int]:
+        """How many tokens each row gets."""
+        own = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
+        if length is not None and max_new_tokens is not None:
+            raise ValueError(f"length={length} and max_new_tokens={max_new_tokens} both say how much to generate")
+        if max_new_tokens is not None:
+            if max_new_tokens < 1:
+                raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+            return [max_new_tokens] * len(own)
+        length = self.config.max_seq_len + 1 if length is None else length
+        if length <= max(own):
+            raise ValueError(
+                f"length={length} counts the prompt of {max(own)} tokens; give a larger length or max_new_tokens"
+            )
+        return [length - count for count in own]
+
+    def seen_tokens(self, prompt: Tensor, lengths: Tensor | None) -> Tensor:
+        """Which tokens each prompt holds, (b, v) bool."""
+        seen = torch.zeros(len(prompt), self.config.num_tokens + 1, dtype=torch.bool, device=prompt.device)
+        if lengths is not None:
+            behind = torch.arange(prompt.shape[1], device=prompt.device) >= lengths[:, None]
+            prompt = prompt.masked_fill(behind, self.config.num_tokens)
+        return seen.scatter_(1, prompt.long(), True)[:, :-1].contiguous()
 
     # -- checks
 
@@ -1456,7 +1650,8 @@ class BlockRecurrentTransformer(nn.Module):
         if states:
             self.check_states(states, batch)
         for name, rows in resets.items():
-            if rows is not None and (not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype != torch.bool):
+            is_mask = isinstance(rows, Tensor) and rows.shape == (batch,) and rows.dtype == torch.bool
+            if rows is not None and not is_mask:
                 raise ValueError(f"{name} must be ({batch},) bool, one for each row of x, not {describe(rows)}")
             if rows is not None and rows.device != x.device:
                 raise ValueError(f"{name} is on {rows.device}, x is on {x.device}")
@@ -1476,7 +1671,7 @@ class BlockRecurrentTransformer(nn.Module):
         if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
             return
         ids = x if ignore is None else x[x != ignore]
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.config.num_tokens):
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.num_tokens):
             low, high = int(ids.min()), int(ids.max())
             raise ValueError(f"x holds token ids from {low} to {high}, num_tokens={self.config.num_tokens}")
 
@@ -1488,7 +1683,10 @@ class BlockRecurrentTransformer(nn.Module):
             compressed = config.compressed_width(layer)
             sizes = {"xl": config.xl_width(layer), "block": config.block_width, "compressed": compressed}
             if (memory.compressed is None) != (compressed == 0):
-                raise ValueError(f"xl_memories of layer {layer} and use_compressed_mem={config.use_compressed_mem} disagree")
+                raise ValueError(
+                    f"xl_memories: layer {layer} has {'no' if memory.compressed is None else 'a'} compressed memory, "
+                    f"the model has use_compressed_mem={config.use_compressed_mem}"
+                )
             for name, size in sizes.items():
                 for kv in getattr(memory, name) or ():
                     want = (batch, config.kv_heads, size, config.dim_head)
@@ -1501,7 +1699,7 @@ class BlockRecurrentTransformer(nn.Module):
         if len(states.layers) != len(self.cells):
             raise ValueError(f"states holds {len(states.layers)} states, the model has recurrent_layers={self.cells}")
         for cell, state in zip(self.cells, states.layers):
-            want = (batch, config.num_state_vectors or 0, config.dim)
+            want = (batch, config.num_state_vectors, config.dim)
             self.check_carried(f"states of layer {cell}", state, want, dtype)
 
     def check_carried(self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -1512,6 +1710,139 @@ class BlockRecurrentTransformer(nn.Module):
             raise ValueError(f"{name}: {value.dtype} on {value.device}, this model carries {dtype} on {device}")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode; the modes of all modules come back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    with torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
 def describe(value: Any) -> str:
     """A value as an error message shows it."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+# --------------------------------------------------------------------------------------- 11 training and generating on
+
+
+class RecurrentTrainWrapper(nn.Module):
+    """Trains and samples a model over sequences of any length, a segment at a time.
+
+    Args:
+        transformer: the model.
+        xl_memories_dropout: the chance that a row forgets its complete blocks at a segment's start, in training.
+        state_dropout: the chance that a row's states return to their initial values there.
+        seq_len: tokens of a segment; default the model's max_seq_len.
+        detach_segments: True cuts the gradients between segments, so that `segments` needs the memory of one;
+            False lets them through all.
+        generator: source of the randomness of the two dropouts, on the CPU; default torch's own.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    @typechecked
+    def __init__(
+        self, transformer: nn.Module, xl_memories_dropout: float = 0.0, state_dropout: float = 0.0, *,
+        seq_len: int | None = None, detach_segments: bool = True, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.transformer: BlockRecurrentTransformer = transformer  # type: ignore[assignment]
+        for name, rate in (("xl_memories_dropout", xl_memories_dropout), ("state_dropout", state_dropout)):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {rate}")
+        config = self.transformer.config
+        self.seq_len = config.max_seq_len if seq_len is None else seq_len
+        if self.seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
+        self.xl_memories_dropout, self.state_dropout = xl_memories_dropout, state_dropout
+        self.detach_segments, self.generator = detach_segments, generator
+        if untrained := self.untrained():
+            warnings.warn(
+                f"with segments of {self.seq_len} tokens, blocks of {config.block_width} and gradients cut between "
+                f"segments, {untrained} get no gradient. Use longer segments or detach_segments=False; for "
+                "DistributedDataParallel as it is, find_unused_parameters=True.",
+                stacklevel=2,
+            )
+
+    def untrained(self) -> str:
+        """The parts of the model that a segment by itself gives no gradient, in words."""
+        config, blocks = self.transformer.config, self.seq_len / self.transformer.config.block_width
+        parts = []
+        if self.detach_segments and config.recurrent_layers and blocks <= 1:
+            parts.append("the state updates (what is written is read in the next block)")
+        if self.detach_segments and config.use_compressed_mem and blocks <= config.num_xl_blocks + 1:
+            parts.append("the compressors in a first segment (what leaves the XL memory is read a block later)")
+        return " and ".join(parts)
+
+    def segments(
+        self, x: Tensor, *, xl_memories: Memories | None = None, states: States | None = None,
+        reset: Tensor | None = None,
+    ) -> Generator[Tensor, None, tuple[Memories, States]]:  # fmt: skip
+        """One loss for each segment of x, (b, n + 1) token ids, to call backward on before the next is computed.
+
+        Each is weighted by the share of its targets, so that their sum is the mean over all targets of x. Memories and
+        states after the last token are the generator's return value; `reset` acts before the first segment.
+        """
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] < 2:
+            raise ValueError(f"x must be token ids (b, n + 1) with n >= 1, not {describe(x)}")
+        ignore, n = self.transformer.config.ignore_index, x.shape[1] - 1
+        total = (x[:, 1:] != ignore).sum().clamp(min=1)
+        memories, carried = xl_memories or None, states or None
+        for start in range(0, n, self.seq_len):
+            part = x[:, start : start + self.seq_len + 1]
+            if self.detach_segments:
+                memories, carried = memories and detach(memories), carried and detach(carried)
+            if memories is not None and (rows := self.drop(self.xl_memories_dropout, part)) is not None:
+                memories = forget_rows(memories, rows)
+            rows = None if carried is None else self.drop(self.state_dropout, part)
+            loss, memories, carried = self.transformer(
+                part, xl_memories=memories, states=carried, reset=reset, reset_states=rows, return_loss=True
+            )
+            reset = None
+            yield loss * ((part[:, 1:] != ignore).sum() / total)
+        assert memories is not None and carried is not None
+        return (detach(memories), detach(carried)) if self.detach_segments else (memories, carried)
+
+    def drop(self, rate: float, x: Tensor) -> Tensor | None:
+        """Rows (b,) bool that drop something; None at rate 0 and in eval mode."""
+        if rate == 0 or not self.training:
+            return None
+        return (torch.rand(len(x), generator=self.generator) < rate).to(x.device)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        xl_memories: Memories | None = None,
+        states: States | None = None,
+        reset: Tensor | None = None,
+        return_memories_and_states: bool = False,
+    ) -> Tensor | tuple[Tensor, Memories, States]:
+        """The mean cross-entropy in nats over all targets of x, (b, n + 1) token ids, with one graph for all segments."""
+        losses = self.segments(x, xl_memories=xl_memories, states=states, reset=reset)
+        total = torch.zeros((), device=x.device)
+        while True:
+            try:
+                total = total + next(losses)
+            except StopIteration as end:
+                return (total, *end.value) if return_memories_and_states else total
+
+    @typechecked
+    def generate(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
+        """`BlockRecurrentTransformer.generate` of the model; `length` may be any number of segments."""
+        return self.transformer.generate(prime, length, **options)
+
+    @typechecked
+    def stream(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
+        """`BlockRecurrentTransformer.stream` of the model."""
+        return self.transformer.stream(prime, length, **options)
+
+
+RecurrentTrainerWrapper = RecurrentTrainWrapper  # its name in 0.4.4

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-# ---------------------------------------------------------------- block-recurrent-transformer-pytorch (lucidrains) 0.4.4
+# --------------------------------------------------------------- block-recurrent-transformer-pytorch 0.4.4 (lucidrain
 
 
 def from_lucidrains(
-    state_dict: Mapping[str, Tensor], *, max_seq_len: int, block_width: int, read_recurrent_layers: tuple[int, ...] | None
+    state_dict: Mapping[str, Tensor], *, max_seq_len: int, block_width: int,
+    read_recurrent_layers: tuple[int, ...] | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The options and the state dict of our model for a state dict of version 0.4.4.
 
@@ -34,11 +36,12 @@ def from_lucidrains(
     counts = [theirs[f"layers.{n}.0.to_out.weight"].shape[1] // inner - 1 for n in range(depth)]
     reads = find_reads(tuple(writes), counts, read_recurrent_layers)
     convolution = theirs.get("mem_manager.layers.0.1.1.weight")
+    states = theirs[f"layers.{writes[0] - 1}.0.state_container.init_state"].shape[0] if writes else None
     options: dict[str, Any] = {
         "num_tokens": theirs["token_emb.weight"].shape[0], "dim": dim, "depth": depth, "dim_head": dim_head,
         "heads": inner // dim_head, "ff_dim": theirs["layers.0.1.3.weight"].shape[1], "max_seq_len": max_seq_len,
         "block_width": block_width, "recurrent_layers": tuple(writes), "read_recurrent_layers": reads,
-        "num_state_vectors": theirs[f"layers.{writes[0] - 1}.0.state_container.init_state"].shape[0] if writes else None,
+        "num_state_vectors": states,
         "all_layers_qk_rmsnorm": all(f"layers.{n}.0.attn.q_scale" in theirs.left for n in range(depth)),
         "qk_norm_scale": dim_head**-0.5, "use_compressed_mem": convolution is not None,
     }  # fmt: skip
@@ -70,7 +73,7 @@ def find_reads(writes: tuple[int, ...], counts: list[int], given: tuple[int, ...
             raise ValueError(f"read_recurrent_layers={given}, and the state_dict reads its states at layers {wanted}")
         return tuple(given)
     if len(choices) != 1 or len(wanted) != len(writes):
-        raise ValueError(f"read_recurrent_layers must be given: the states of {writes} can be read as {sorted(choices)}")
+        raise ValueError(f"read_recurrent_layers must be given: states of layers {writes}, read as {sorted(choices)}?")
     return choices.pop()
 
 
@@ -101,7 +104,7 @@ def lucidrains_state(theirs: Entries, n: int, reader: str, here: int, dim_head: 
     }  # fmt: skip
     ours = {f"layers.{n}.cell.{name}": theirs.take(f"{container}.{other}") for name, other in names.items()}
     first = theirs.take(f"{container}.to_state_out.weight")
-    first = first.unflatten(1, (-1, 2, dim_head)).transpose(1, 2).flatten(1)  # [self ; cross], there within a head
+    first = rearrange(first, "d (h two e) -> d (two h e)", two=2, e=dim_head)  # [self ; cross], there within each head
     second = theirs.take(f"{container}.state_out_to_gate.weight")
     update = f"layers.{n}.cell.update"
     ours[f"{update}.to_candidate.weight"] = (second.double() @ first.double()).to(first.dtype)
@@ -126,7 +129,7 @@ def from_meliad(params: Mapping[str, Any], *, window_length: int) -> tuple[dict[
     depth = 1 + max((int(m[1]) for m in map(re.compile(r"transformer(\d+)/").match, theirs.left) if m), default=-1)
     if depth < 1:
         raise ValueError("params holds no transformerN/ paths: not a language model of the authors' code")
-    num_tokens, dim = theirs["embed/embedding"].shape
+    num_tokens, _ = theirs["embed/embedding"].shape
     writes = [n for n in range(depth) if f"transformer{n}/recurrent_initial_state" in theirs.left]
     others = [n for n in range(depth) if n not in writes]
     options = {
@@ -165,7 +168,7 @@ def meliad_layer_options(theirs: Entries, path: str, recurrent: str) -> dict[str
         names = {"gate_bias": "fixed", "forget_gate/kernel": "lstm", "gate_layer/kernel": "full"}
         gates = [gate for name, gate in names.items() if f"{mlp}/{name}" in theirs.left]
         if len(gates) != 1:
-            raise ValueError(f"params: {mlp} must hold the parameters of one gate of {sorted(names.values())}, not {gates}")
+            raise ValueError(f"params: {mlp} must hold one gate of {sorted(names.values())}, not {gates}")
         options["gate"] = gates[0]
     return options
 

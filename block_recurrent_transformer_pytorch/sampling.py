@@ -41,7 +41,7 @@ class Sampler:
         if self.filter_thres is not None and not 0 <= self.filter_thres < 1:
             raise ValueError(f"filter_thres must be at least 0 and below 1, not {self.filter_thres}")
         if self.filter_thres is not None and self.top_k is not None:
-            raise ValueError(f"filter_thres={self.filter_thres} and top_k={self.top_k} both say how many tokens to keep")
+            raise ValueError(f"filter_thres={self.filter_thres} and top_k={self.top_k} both say how many to keep")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
