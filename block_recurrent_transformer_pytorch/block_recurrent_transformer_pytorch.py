@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from . import convert
+from . import convert, paper
 from .sampling import Sampler
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -1150,6 +1150,19 @@ class BlockRecurrentTransformer(nn.Module):
 
     @classmethod
     @typechecked
+    def paper(cls, size: str = "medium_150M", variant: str = "fixed:skip", **options: Any) -> BlockRecurrentTransformer:
+        """A new model of the paper as its authors' code builds and initialises it.
+
+        Args:
+            size: small_37M, small_75M, medium_150M, medium_300M, large_600M, large_1200M, tall_24L, ... (`paper.SIZES`).
+            variant: slide, xl, fixed:skip, fixed:dual, fixed:single, lstm:skip, ..., full:single, feedback
+                (`paper.VARIANTS`).
+            options: fields of `Config` to be otherwise (num_tokens=256, block_width=1024, ...).
+        """
+        return cls(Config(**paper.options(size, variant, **options)))
+
+    @classmethod
+    @typechecked
     def from_lucidrains(
         cls, state_dict: dict[str, Tensor], *, max_seq_len: int, block_width: int,
         read_recurrent_layers: tuple[int, ...] | None = None,
@@ -1825,7 +1838,7 @@ class RecurrentTrainWrapper(nn.Module):
         reset: Tensor | None = None,
         return_memories_and_states: bool = False,
     ) -> Tensor | tuple[Tensor, Memories, States]:
-        """The mean cross-entropy in nats over all targets of x, (b, n + 1) token ids, with one graph for all segments."""
+        """The mean cross-entropy in nats over all targets of x, (b, n + 1) token ids; one graph for all segments."""
         losses = self.segments(x, xl_memories=xl_memories, states=states, reset=reset)
         total = torch.zeros((), device=x.device)
         while True:

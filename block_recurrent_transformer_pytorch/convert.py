@@ -11,6 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .paper import OPTIONS
+
 # --------------------------------------------------------------- block-recurrent-transformer-pytorch 0.4.4 (lucidrain
 
 
@@ -133,8 +135,8 @@ def from_meliad(params: Mapping[str, Any], *, window_length: int) -> tuple[dict[
     writes = [n for n in range(depth) if f"transformer{n}/recurrent_initial_state" in theirs.left]
     others = [n for n in range(depth) if n not in writes]
     options = {
-        "num_tokens": num_tokens, "depth": depth, "tie_embeddings": True, "max_seq_len": window_length,
-        "block_width": window_length, "recurrent_layers": tuple(n + 1 for n in writes),
+        "num_tokens": num_tokens, "depth": depth, "max_seq_len": window_length, "block_width": window_length,
+        "recurrent_layers": tuple(n + 1 for n in writes),
         "block_feedback": bool(writes) and any(f"transformer{n}/tbase/attention_scale2" in theirs.left for n in others),
         **meliad_layer_options(theirs, "transformer0/", f"transformer{writes[0]}/" if writes else ""),
     }  # fmt: skip
@@ -156,7 +158,7 @@ def meliad_layer_options(theirs: Entries, path: str, recurrent: str) -> dict[str
     options: dict[str, Any] = {
         "dim": dim, "heads": heads, "kv_heads": heads, "dim_head": inner // heads,
         "ff_dim": theirs[f"{path}tbase/ffn/hidden0/kernel"].shape[1], "qk_norm": "head" if normalised else "none",
-        "all_layers_qk_rmsnorm": normalised, **PAPER,
+        "all_layers_qk_rmsnorm": normalised, **OPTIONS,
     }  # fmt: skip
     if recurrent:
         options["num_state_vectors"] = theirs[f"{recurrent}recurrent_initial_state"].shape[0]
@@ -171,12 +173,6 @@ def meliad_layer_options(theirs: Entries, path: str, recurrent: str) -> dict[str
             raise ValueError(f"params: {mlp} must hold one gate of {sorted(names.values())}, not {gates}")
         options["gate"] = gates[0]
     return options
-
-
-PAPER: dict[str, Any] = {  # what the authors' code does in all of its published settings
-    "attention_window": "sliding", "empty_memory": "zeros", "positions": "t5", "norm": "rms", "ff_activation": "relu",
-    "candidate_bias": False, "state_reads_memory": True, "init": "lecun",
-}  # fmt: skip
 
 
 def meliad_layer(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:

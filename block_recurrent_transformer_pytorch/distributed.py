@@ -1,0 +1,257 @@
+"""Several processes that train one model: who they are, how they share parameters, how rows are dealt to them.
+
+    with start() as processes:                       # what torchrun says; a single process without it
+        shard(model, processes)                      # FSDP2; or DistributedDataParallel around a module of yours
+        total, = processes.sum(number_of_targets)
+        tensors = full_state(model)                  # on the CPU, whole, whatever the number of processes
+
+Every function that talks to the others has to be called by all of them. Python values travel between these processes
+over their own connections, by pickle as torch.distributed does it; nothing of that kind is ever read from a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, States
+
+Value = TypeVar("Value")
+Carried = tuple[Memories, States]
+
+PATIENCE = timedelta(hours=6)  # for what one process does while the others wait: tokenising, writing a checkpoint
+
+
+# 1 the processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together, seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    patient: Any = None  # a gloo group for values on the CPU and for long waits; None: a single process
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes, in float64: ints are exact up to 2^53."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.patient is not None:
+            dist.all_reduce(total, group=self.patient)
+        return [float(value) for value in total]
+
+    def share(self, value: Value) -> Value:
+        """The value that the first process gives."""
+        if self.patient is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes by rank, in the first; an empty list elsewhere."""
+        if self.patient is None:
+            return [value]
+        values: list[Any] = [None] * self.size if self.is_first else []
+        dist.gather_object(value, values if self.is_first else None, dst=0, group=self.patient)
+        return values
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.patient is not None:
+            dist.barrier(group=self.patient)
+
+
+@contextmanager
+def start(device: str | None = None, *, timeout: float = 50.0) -> Iterator[Processes]:
+    """Joins the processes that torchrun started.
+
+    Args:
+        device: "cpu", "cuda", ...; default a GPU where there is one. Of several GPUs each process takes its own.
+        timeout: seconds after which a collective operation of the training itself fails because another process does
+            not take part in it. One that died is noticed at once, by its closed connection.
+
+    Raises:
+        ValueError: more processes on this machine than it has GPUs.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "WORLD_SIZE" not in os.environ:
+        yield Processes(0, 1, torch.device(kind))
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    own = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    yield Processes(dist.get_rank(), dist.get_world_size(), own, dist.new_group(backend="gloo", timeout=PATIENCE))
+    dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
+
+
+# 2 parameters
+
+
+def shard(model: BlockRecurrentTransformer, processes: Processes) -> None:
+    """Splits the parameters of a model among the processes with FSDP2 (`fully_shard`), in place.
+
+    A plain layer is a unit: gathered when it runs, and released behind it. Of a recurrent layer only the feed-forward
+    is: the cell's parameters are used by its layer and, between layers, by the model (initial states, projections), so
+    they belong to the model's own unit, with the embeddings, which stays gathered from the model's first layer to the
+    end of its backward pass. That costs the memory of the cells and saves gathering them for every block.
+    """
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError as error:
+        raise ImportError(f"FSDP2 needs torch 2.6 or newer, this is {torch.__version__}") from error
+    mesh = dist.init_device_mesh(processes.device.type, (processes.size,))
+    for layer in model.layers:
+        fully_shard(layer if layer.cell is None else layer.feed_forward, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(model, mesh=mesh)
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors on the CPU, in every process."""
+    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+
+
+def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of `full_state`; every process gives the same tensors.
+
+    Raises:
+        ValueError: names or shapes are not those of the module.
+    """
+    own = module.state_dict()
+    if missing := sorted(set(own) ^ set(state)):
+        raise ValueError(f"parameters {missing[:5]} are in the state or in the model, not in both")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f"{name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}")
+            tensor.copy_(part_of(state[name], tensor))
+
+
+def optimizer_state(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer remembers, by the parameters' names, with whole tensors on the CPU, in every process."""
+    return {
+        name: {key: whole(value) if isinstance(value, Tensor) else value for key, value in memory.items()}
+        for name, parameter in names.items()
+        if (memory := optimizer.state.get(parameter))
+    }
+
+
+def load_optimizer_state(
+    names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """The inverse of `optimizer_state`.
+
+    Raises:
+        ValueError: the state of a parameter that the optimizer does not have.
+    """
+    if unknown := sorted(set(state) - set(names)):
+        raise ValueError(f"the optimizer's state has the parameters {unknown[:5]}, which the model lacks")
+    for name, memory in state.items():
+        parameter = names[name]
+        optimizer.state[parameter] = {
+            key: part_of(value, parameter) if isinstance(value, Tensor) and value.ndim else value
+            for key, value in memory.items()
+        }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded or plain tensor as a plain one on the CPU, of its own memory."""
+    gathered = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    return gathered.cpu().clone() if gathered.device.type == "cpu" else gathered.cpu()
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as `like` is kept: on its device, and sharded in the same way."""
+    tensor = tensor.to(like.device)
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
+    """The mean over the processes of every gradient, for those computed without DistributedDataParallel.
+
+    A parameter without gradient counts as zero where another process has one; without any it is left alone.
+    """
+    own = list(parameters)
+    has = torch.tensor([parameter.grad is not None for parameter in own], dtype=torch.int32)
+    dist.all_reduce(has, op=dist.ReduceOp.MAX, group=processes.patient)
+    for parameter, used in zip(own, has.tolist()):
+        if used:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= processes.size
+
+
+# 3 rows of carried values
+
+
+def join_rows(parts: Sequence[Carried]) -> Carried:
+    """Memories and states of several batches as those of one, in that order.
+
+    Raises:
+        ValueError: they do not stand at the same place of their block.
+    """
+    memories, states = zip(*parts)
+    places = [part.place for part in memories]
+    if any(isinstance(place, Tensor) or place != places[0] for place in places):
+        raise ValueError(f"batches at the places {places} of a block cannot be joined, only at one")
+    held = torch.cat([held_blocks(part) for part in memories])
+    joined = Memories(_join([part.layers for part in memories]), places[0], *_held(held))
+    return joined, _join(states)
+
+
+def split_rows(carried: Carried, sizes: Sequence[int]) -> list[Carried]:
+    """The inverse of `join_rows`: memories and states of batches of so many rows."""
+    memories, states = carried
+    if isinstance(memories.place, Tensor):
+        raise ValueError(f"rows at different places of a block, {memories.place.tolist()}, cannot be split")
+    held, parts, start = held_blocks(memories), [], 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        layers = tree_map(lambda leaf, rows=rows: None if leaf is None else leaf[rows].clone(), memories.layers)
+        own = tree_map(lambda leaf, rows=rows: None if leaf is None else leaf[rows].clone(), states)
+        parts.append((Memories(layers, memories.place, *_held(held[rows])), own))
+        start += size
+    return parts
+
+
+def held_blocks(memories: Memories) -> Tensor:
+    """Complete blocks that each row remembers, (b,)."""
+    like = memories.layers[0].block.k
+    if memories.ahead is not None:
+        return memories.blocks + memories.ahead
+    return torch.full((like.shape[0],), memories.blocks, device=like.device)
+
+
+def _held(held: Tensor) -> tuple[int, Tensor | None]:
+    """`Memories.blocks` and `Memories.ahead` of rows that remember so many blocks."""
+    fewest = int(held.min())
+    return fewest, None if bool((held == fewest).all()) else held - fewest
+
+
+def _join(trees: Sequence[Value]) -> Value:
+    def cat(*leaves: Any) -> Any:
+        return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+
+    return tree_map(cat, trees[0], *trees[1:])  # type: ignore[no-any-return]
