@@ -678,7 +678,7 @@ def remember(memory: LayerMemory, filled: KV, stream: KV | None, queue: KV | Non
     """
     if stream is None:
         return memory._replace(block=filled)
-    xl, block = newest(stream, memory.xl), KV(*(torch.zeros_like(x) for x in memory.block))
+    xl, block = newest(stream, memory.xl), KV(*(zeros(x, *x.shape) for x in memory.block))
     compressed = None if queue is None or memory.compressed is None else newest(queue, memory.compressed)
     if isinstance(piece.complete, bool):
         return LayerMemory(xl, block, compressed)
@@ -686,6 +686,11 @@ def remember(memory: LayerMemory, filled: KV, stream: KV | None, queue: KV | Non
     if compressed is not None and memory.compressed is not None:
         compressed = choose_rows(rows, compressed, memory.compressed)
     return LayerMemory(choose_rows(rows, xl, memory.xl), choose_rows(rows, block, filled), compressed)
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of that shape that take the memory of one number."""
+    return like.new_zeros(()).expand(shape)
 
 
 def newest(stream: KV, queue: KV) -> KV:
@@ -1154,7 +1159,7 @@ class BlockRecurrentTransformer(nn.Module):
         """A new model of the paper as its authors' code builds and initialises it.
 
         Args:
-            size: small_37M, small_75M, medium_150M, medium_300M, large_600M, large_1200M, tall_24L, ... (`paper.SIZES`).
+            size: small_37M, medium_150M, ..., large_1200M, tall_24L (`paper.SIZES`).
             variant: slide, xl, fixed:skip, fixed:dual, fixed:single, lstm:skip, ..., full:single, feedback
                 (`paper.VARIANTS`).
             options: fields of `Config` to be otherwise (num_tokens=256, block_width=1024, ...).
@@ -1208,7 +1213,7 @@ class BlockRecurrentTransformer(nn.Module):
         config, weight = self.config, self.token_emb.weight
 
         def empty(width: int) -> KV:
-            return KV(*(weight.new_zeros(batch, config.kv_heads, width, config.dim_head) for _ in range(2)))
+            return KV(*(zeros(weight, batch, config.kv_heads, width, config.dim_head) for _ in range(2)))
 
         layers = []
         for layer in range(1, config.depth + 1):
@@ -1748,7 +1753,7 @@ class RecurrentTrainWrapper(nn.Module):
     """Trains and samples a model over sequences of any length, a segment at a time.
 
     Args:
-        transformer: the model.
+        transformer: a BlockRecurrentTransformer, or one wrapped for several processes.
         xl_memories_dropout: the chance that a row forgets its complete blocks at a segment's start, in training.
         state_dropout: the chance that a row's states return to their initial values there.
         seq_len: tokens of a segment; default the model's max_seq_len.
@@ -1766,11 +1771,12 @@ class RecurrentTrainWrapper(nn.Module):
         seq_len: int | None = None, detach_segments: bool = True, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.transformer: BlockRecurrentTransformer = transformer  # type: ignore[assignment]
+        self.transformer = transformer
+        self.config = self.model.config
         for name, rate in (("xl_memories_dropout", xl_memories_dropout), ("state_dropout", state_dropout)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {rate}")
-        config = self.transformer.config
+        config = self.config
         self.seq_len = config.max_seq_len if seq_len is None else seq_len
         if self.seq_len < 1:
             raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
@@ -1784,9 +1790,14 @@ class RecurrentTrainWrapper(nn.Module):
                 stacklevel=2,
             )
 
+    @property
+    def model(self) -> BlockRecurrentTransformer:
+        """The model itself."""
+        return getattr(self.transformer, "module", self.transformer)  # type: ignore[return-value]
+
     def untrained(self) -> str:
         """The parts of the model that a segment by itself gives no gradient, in words."""
-        config, blocks = self.transformer.config, self.seq_len / self.transformer.config.block_width
+        config, blocks = self.config, self.seq_len / self.config.block_width
         parts = []
         if self.detach_segments and config.recurrent_layers and blocks <= 1:
             parts.append("the state updates (what is written is read in the next block)")
@@ -1805,29 +1816,46 @@ class RecurrentTrainWrapper(nn.Module):
         """
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f"x must be token ids (b, n + 1) with n >= 1, not {describe(x)}")
-        ignore, n = self.transformer.config.ignore_index, x.shape[1] - 1
-        total = (x[:, 1:] != ignore).sum().clamp(min=1)
         memories, carried = xl_memories or None, states or None
-        for start in range(0, n, self.seq_len):
-            part = x[:, start : start + self.seq_len + 1]
+        for part, count, total in self.parts(x):
             if self.detach_segments:
                 memories, carried = memories and detach(memories), carried and detach(carried)
-            if memories is not None and (rows := self.drop(self.xl_memories_dropout, part)) is not None:
-                memories = forget_rows(memories, rows)
-            rows = None if carried is None else self.drop(self.state_dropout, part)
-            loss, memories, carried = self.transformer(
-                part, xl_memories=memories, states=carried, reset=reset, reset_states=rows, return_loss=True
-            )
+            loss, memories, carried = self.step(part, memories, carried, reset, self.drops(part))
             reset = None
-            yield loss * ((part[:, 1:] != ignore).sum() / total)
+            yield loss * count / total
         assert memories is not None and carried is not None
         return (detach(memories), detach(carried)) if self.detach_segments else (memories, carried)
 
-    def drop(self, rate: float, x: Tensor) -> Tensor | None:
-        """Rows (b,) bool that drop something; None at rate 0 and in eval mode."""
-        if rate == 0 or not self.training:
-            return None
-        return (torch.rand(len(x), generator=self.generator) < rate).to(x.device)
+    def parts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The segments of x, (b, seq_len + 1), neighbours sharing one token; the targets in each, and in all of x."""
+        counted = x[:, 1:] != self.config.ignore_index
+        total = counted.sum().clamp(min=1)
+        for start in range(0, x.shape[1] - 1, self.seq_len):
+            stop = start + self.seq_len
+            yield x[:, start : stop + 1], counted[:, start:stop].sum(), total
+
+    def drops(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Which rows (b,) forget their complete blocks, and which their states, before a segment; None: no row does."""
+
+        def draw(rate: float) -> Tensor | None:
+            if rate == 0 or not self.training:
+                return None
+            return (torch.rand(len(x), generator=self.generator) < rate).to(x.device)
+
+        return draw(self.xl_memories_dropout), draw(self.state_dropout)
+
+    def step(
+        self, part: Tensor, memories: Memories | None, states: States | None, reset: Tensor | None,
+        drops: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Memories, States]:  # fmt: skip
+        """One segment: its mean loss, and what it leaves behind."""
+        forget, reset_states = drops
+        if forget is not None and memories is not None:
+            memories = forget_rows(memories, forget)
+        loss, memories, states = self.transformer(
+            part, xl_memories=memories, states=states, reset=reset, reset_states=reset_states, return_loss=True
+        )
+        return loss, memories, states
 
     def forward(
         self,
@@ -1850,12 +1878,12 @@ class RecurrentTrainWrapper(nn.Module):
     @typechecked
     def generate(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
         """`BlockRecurrentTransformer.generate` of the model; `length` may be any number of segments."""
-        return self.transformer.generate(prime, length, **options)
+        return self.model.generate(prime, length, **options)
 
     @typechecked
     def stream(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
         """`BlockRecurrentTransformer.stream` of the model."""
-        return self.transformer.stream(prime, length, **options)
+        return self.model.stream(prime, length, **options)
 
 
 RecurrentTrainerWrapper = RecurrentTrainWrapper  # its name in 0.4.4
