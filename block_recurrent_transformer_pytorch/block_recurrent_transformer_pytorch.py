@@ -366,7 +366,7 @@ class HeadsNorm(nn.Module):
         return q, k
 
     def scaled(self, bias: Tensor) -> Tensor:
-        """A position bias (h, ...) in the units of the logits."""
+        """A position bias (h, j) in the units of the logits."""
         return bias
 
 
@@ -398,7 +398,7 @@ class HeadNorm(HeadsNorm):
         return self.store(q) * self.head_scale.abs().view(-1, 1, 1), k
 
     def scaled(self, bias: Tensor) -> Tensor:
-        return bias * self.head_scale.abs().view(-1, 1, 1)
+        return bias * self.head_scale.abs()[:, None]
 
 
 HEADS_NORMS = {"none": HeadsNorm, "channel": ChannelNorm, "head": HeadNorm}
@@ -465,7 +465,9 @@ class Pattern(NamedTuple):
 
     first: int  # remembered entries that no query sees, oldest first: left out
     last: int  # tokens of the block that some query sees: those after them are left out
-    distance: Tensor  # query position - key position, (n, j), or (b, n, j) where places differ
+    distances: Tensor  # all that occur of query position - key position, ascending, and which are seen, bool
+    seen: Tensor
+    pairs: Tensor  # index into these for each query and key, (n, j), or (b, n, j) where places differ
     mask: Tensor | None  # True where visible, (n, j) or (b, n, j); None: everywhere, or causal
     causal: bool  # n = j, and each query sees the keys up to its own
     q_tables: Rotation | None  # the rotary tables of the queries' and the keys' positions
@@ -552,7 +554,7 @@ class T5Bias(nn.Module):
         return torch.where(distance < self.EXACT, distance, far.clamp(max=self.BUCKETS - 1))
 
     def forward(self, distance: Tensor) -> Tensor:
-        """Distances (...) -> bias (h, ...)."""
+        """Distances (j,) -> bias (h, j)."""
         return self.table[:, self.bucket(distance.clamp(min=0))]
 
 
@@ -567,11 +569,10 @@ class DynamicBias(nn.Module):
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, config.heads))
 
     def forward(self, distance: Tensor) -> Tensor:
-        """Distances (...) -> bias (h, ...). The MLP runs once per distance, not once per pair."""
-        far = distance.shape[-1] + distance.shape[-2]
-        steps = torch.arange(far, device=distance.device, dtype=self.to_hidden.weight.dtype)[:, None]
-        table: Tensor = self.mlp(self.to_hidden(torch.log1p(steps) if self.use_log else steps / self.unit))  # (far, h)
-        return table.t()[:, distance.clamp(min=0)]
+        """Distances (j,) -> bias (h, j)."""
+        steps = distance.clamp(min=0).to(self.to_hidden.weight.dtype)[:, None]
+        bias: Tensor = self.mlp(self.to_hidden(torch.log1p(steps) if self.use_log else steps / self.unit))
+        return bias.t()
 
 
 POSITION_BIASES = {"t5": T5Bias, "dynamic": DynamicBias}
@@ -605,12 +606,11 @@ def attend(
     if causal:
         mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
     if mask is None:
-        weights = logits.softmax(-1)
-    elif mask.dtype == torch.bool:
-        weights = logits.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0)
-    else:
-        empty = (mask == -math.inf).all(-1, keepdim=True)
-        weights = (logits + mask).softmax(-1).masked_fill(empty, 0)
+        return F.dropout(logits.softmax(-1), dropout) @ v
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+    empty = (mask == -math.inf).all(-1, keepdim=True)
+    weights = (logits + mask).masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
     return F.dropout(weights, dropout) @ v
 
 
@@ -914,13 +914,13 @@ class TransformerBlock(nn.Module):
         q, k = rotate(q, pattern.q_tables), rotate(k, pattern.k_tables)
         mask, causal = pattern.mask, pattern.causal
         if mask is not None:
-            mask = mask.view(-1, 1, *mask.shape[-2:])
+            mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
         if self.position_bias is not None:
-            bias = self.position_bias(pattern.distance).movedim(0, -3)
-            bias = self.heads_norm.scaled(bias).to(q.dtype).view(-1, *bias.shape[-3:])
-            if causal:
-                mask, causal = pattern.distance >= 0, False
+            bias = self.heads_norm.scaled(self.position_bias(pattern.distances)).to(q.dtype)
+            bias = bias.masked_fill(~pattern.seen, -math.inf)[:, pattern.pairs].movedim(0, -3)
+            bias = bias if bias.ndim == 4 else bias[None]  # (1 or b, h, n, j)
             mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+            causal = False
         dropout = self.attn_dropout if self.training else 0.0
         return attend(q, k, keys.v, scale=self.heads_norm.scale, mask=mask, causal=causal, dropout=dropout,
                       use_flash=self.use_flash)  # fmt: skip
@@ -1020,23 +1020,21 @@ def make_pattern(config: Config, piece: Piece, layer: int, rotary: XPos | None, 
         low, high = -(xl + compressed), place + n if isinstance(place, int) else width
 
     keys = torch.arange(low, high, device=device)
-    queries = torch.arange(n, device=device)
-    queries = queries + (place if isinstance(place, int) else place[:, None])
-    distance = queries[..., :, None] - keys
+    queries = torch.arange(n, device=device) + (place if isinstance(place, int) else place[:, None])
+    least = (place if isinstance(place, int) else 0) - (high - 1)
+    most = (place if isinstance(place, int) else width - 1) + (n - 1) - low
+    distances = torch.arange(least, most + 1, device=device)
+    seen = (distances >= nearest) & (distances <= width) if nearest else distances >= 0
+    pairs = queries[..., :, None] - keys - least
     mask, causal = None, False
     if piece.ahead is not None or not isinstance(place, int):
-        mask = within(distance, nearest, width) & held_rows(config, piece, keys, xl, compressed)
+        mask = seen[pairs] & held_rows(config, piece, keys, xl, compressed)
     elif n > 1 or piece.t > 1:
         causal = low == 0 and place == 0 and not nearest
-        mask = None if causal else within(distance, nearest, width)
+        mask = None if causal else seen[pairs]
     q_tables = None if rotary is None else rotary.at(place, n)[0]
     k_tables = None if rotary is None else rotary.at(low, high - low)[1]
-    return Pattern(xl + compressed + low, high, distance, mask, causal, q_tables, k_tables)
-
-
-def within(distance: Tensor, nearest: int, width: int) -> Tensor:
-    """Distances that a query sees: all from 0 on, or with a sliding window those from 1 to the block width."""
-    return (distance >= 1) & (distance <= width) if nearest else distance >= 0
+    return Pattern(xl + compressed + low, high, distances, seen, pairs, mask, causal, q_tables, k_tables)
 
 
 def held_rows(config: Config, piece: Piece, keys: Tensor, xl: int, compressed: int) -> Tensor:
@@ -1059,12 +1057,14 @@ def plan(config: Config, n: int, place: int, blocks: int, ahead: Tensor | None) 
             ahead = None
         whole = (n - start) // width if place == 0 and blocks >= reach else 0
         t, tokens = (whole, width) if whole else (1, min(n - start, width - place))
-        complete = place + tokens == width
-        pieces.append(Piece(start, place, t, tokens, complete, blocks if reach else config.num_xl_blocks, ahead))
-        start, place = start + t * tokens, 0 if complete else place + tokens
-        if complete:
-            blocks = min(reach, blocks + t)
+        held = blocks if reach else config.num_xl_blocks
+        if place + tokens == width:  # a branch, and no bool kept: torch.compile traces a symbolic place
+            pieces.append(Piece(start, place, t, tokens, True, held, ahead))
+            start, place, blocks = start + t * tokens, 0, min(reach, blocks + t)
             ahead = None if ahead is None else ahead.clamp(max=reach - blocks)
+        else:
+            pieces.append(Piece(start, place, t, tokens, False, held, ahead))
+            start, place = start + tokens, place + tokens
     return pieces, (place, blocks, None if blocks >= reach else ahead)
 
 
@@ -1226,7 +1226,7 @@ class BlockRecurrentTransformer(nn.Module):
         """The learned initial states for a batch of that many rows."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
-        return States(tuple(self.initial_state(cell).expand(batch, -1, -1) for cell in self.cells))
+        return States(tuple(self.initial_state(cell).repeat(batch, 1, 1) for cell in self.cells))
 
     def initial_state(self, cell: int) -> Tensor:
         initial: Tensor = self.layers[cell - 1].cell.initial  # type: ignore[union-attr, assignment]
@@ -1285,7 +1285,7 @@ class BlockRecurrentTransformer(nn.Module):
         if isinstance(place, int) and place == 0:
             states = states._replace(views=None)
 
-        if any(piece.counts is not None or isinstance(piece.start, Tensor) for piece in pieces):
+        if lengths is not None or any(isinstance(piece.start, Tensor) for piece in pieces):
             hidden = self.in_order(hidden, pieces, n)
         if lengths is not None and targets is not None:
             behind = torch.arange(n, device=x.device) >= lengths[:, None]
@@ -1318,7 +1318,7 @@ class BlockRecurrentTransformer(nn.Module):
             for stage in self.stages:
                 part = self.run_stage(stage, part, layers, state, view, seen, piece, patterns)
             read.append(part)
-        hidden = torch.cat(read, dim=1) if len(read) > 1 else read[0]
+        hidden = read[0] if len(read) == 1 else torch.cat([x[:, :0], *read], dim=1)
         views = tuple(view[cell] for cell in self.cells) if len(view) == len(self.cells) else None
         return hidden, tuple(layers), States(tuple(state[cell] for cell in self.cells), views)
 
@@ -1793,7 +1793,7 @@ class RecurrentTrainWrapper(nn.Module):
     @property
     def model(self) -> BlockRecurrentTransformer:
         """The model itself."""
-        return getattr(self.transformer, "module", self.transformer)  # type: ignore[return-value]
+        return getattr(self.transformer, "module", self.transformer)  # type: ignore[arg-type]
 
     def untrained(self) -> str:
         """The parts of the model that a segment by itself gives no gradient, in words."""

@@ -1,0 +1,414 @@
+"""The equations of the model, read token by token: slow, naive, and what every fast path is compared with.
+
+One row, one token at a time. What is remembered is a Python list of (key, value) pairs, what a token sees is the list
+of the pairs that are visible to it, and attention is a dot product and a softmax written out. No masks, no buffers, no
+folding of blocks, no fused kernels. Differentiable, so gradients are compared too.
+
+Hutchins et al. 2022 (arXiv 2203.07852) and its authors' code; Sun et al. 2022 for the rotary positions with decay,
+Raffel et al. 2019 for the bucketed bias, Rae et al. 2019 for the compressed memory, Ding et al. 2020 for the enhanced
+recurrence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
+from block_recurrent_transformer_pytorch.block_recurrent_transformer_pytorch import Memories, States
+
+Pair = tuple[Tensor, Tensor]  # a key and a value, each (kv_heads, dim_head); keys neither rotated nor scaled
+
+
+def stack(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """Keys and values, each (g, j, e)."""
+    keys, values = zip(*pairs)
+    return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    weights = (logits - logits.max().detach()).exp()
+    return weights / weights.sum()
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + (x / math.sqrt(2)).erf()) / 2
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
+
+
+def t5_bucket(distance: int) -> int:
+    """Buckets 0 ... 15 hold one distance each, 16 ... 31 are logarithmic and end at 128."""
+    if distance < 16:
+        return distance
+    return min(31, 16 + math.floor(16 * math.log(distance / 16) / math.log(8)))
+
+
+def rotated_dots(q: Tensor, keys: Tensor, distances: list[int]) -> Tensor:
+    """The products of q (e,) and keys (j, e), all turned by their positions, of which only the distances are left.
+
+    Channels i and i + e/2 are one complex number, turned by 10000^(-2i/e) for each position; zeta_i^(distance / 512) is
+    what the decay of the query and its inverse for the key leave, zeta_i = (2i + 0.4 e) / (1.4 e). These constants are
+    defined as numbers of single precision.
+    """
+    e = len(q)
+    twice_i = torch.arange(0, e, 2, dtype=torch.float32)
+    frequency = (1 / 10000 ** (twice_i / e)).to(q.dtype)
+    zeta = ((twice_i + 0.4 * e) / (1.4 * e)).to(q.dtype)
+    distance = torch.tensor(distances, dtype=q.dtype)[:, None]
+    angle, decay = distance * frequency, zeta ** (distance / 512)
+    (q_real, q_imag), (k_real, k_imag) = q.chunk(2), keys.chunk(2, dim=1)
+    turned = (q_real * k_real + q_imag * k_imag) * angle.cos() - (q_imag * k_real - q_real * k_imag) * angle.sin()
+    return (decay * turned).sum(1)
+
+
+class Oracle:
+    """One stream read from its beginning.
+
+    Args:
+        config: of the model.
+        parameters: of the model, by name; `dict(model.named_parameters())`.
+
+    Attributes:
+        xl: for each layer, the pairs of the last complete blocks, oldest first.
+        compressed: for each layer, the compressed entries, oldest first.
+        block: for each layer, the pairs of the block being filled.
+        state: for each recurrent layer, its state as of the start of the block, (s, d).
+    """
+
+    def __init__(self, config: Config, parameters: dict[str, Tensor]) -> None:
+        self.config, self.parameters = config, parameters
+        self.dtype = parameters["token_emb.weight"].dtype
+        self.layers = range(1, config.depth + 1)
+        self.cells = sorted(config.recurrent_layers)
+        zero = parameters["token_emb.weight"].new_zeros(config.kv_heads, config.dim_head)
+        self.xl: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
+        if config.empty_memory == "zeros":
+            self.xl = {layer: [(zero, zero)] * self.xl_width(layer) for layer in self.layers}
+        self.compressed: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
+        self.block: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
+        self.state = {cell: parameters[f"layers.{cell - 1}.cell.initial"] for cell in self.cells}
+        self.views = {cell: self.view(cell) for cell in self.cells}
+
+    # -- what the options say
+
+    def xl_width(self, layer: int) -> int:
+        return self.config.num_xl_blocks * self.config.block_width if layer in self.config.xl_layers else 0
+
+    def cells_read_at(self, layer: int) -> list[int]:
+        """The recurrent layers whose states the tokens of a layer read, from the lowest up."""
+        config = self.config
+        if config.block_feedback:
+            return [layer if layer in self.cells else self.cells[-1]]
+        return sorted(
+            write for read, write in zip(config.read_recurrent_layers, config.recurrent_layers) if read == layer
+        )
+
+    def qk_norm_of_tokens(self, layer: int) -> str:
+        normalised = layer in self.cells or self.config.all_layers_qk_rmsnorm
+        return self.config.qk_norm if normalised else "none"
+
+    # -- small parts
+
+    def has(self, name: str) -> bool:
+        return name in self.parameters
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        y = self.parameters[f"{name}.weight"] @ x
+        return y + self.parameters[f"{name}.bias"] if self.has(f"{name}.bias") else y
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        if self.config.norm == "layer":
+            x = x - x.mean()
+            return x / (x.square().mean() + 1e-5).sqrt() * self.parameters[f"{name}.weight"]
+        return x / (x.square().mean() + 1e-6).sqrt() * self.parameters[f"{name}.weight"]
+
+    def hidden(self, name: str, x: Tensor) -> Tensor:
+        y = self.linear(f"{name}.to_hidden", x)
+        if self.config.ff_activation == "relu":
+            return y * (y > 0)
+        half = len(y) // 2
+        return y[:half] * gelu(y[half:])
+
+    def heads_of(self, name: str, x: Tensor) -> Tensor:
+        """A linear map, its output cut into heads (h, e)."""
+        return self.linear(name, x).reshape(-1, self.config.dim_head)
+
+    def pair_of(self, name: str, x: Tensor, qk_norm: str) -> Pair:
+        """Key and value from one linear map, all keys first. With a gain per head, keys are unit vectors at once."""
+        both = self.heads_of(name, x)
+        k, v = both[: self.config.kv_heads], both[self.config.kv_heads :]
+        return (self.unit(k, qk_norm) if qk_norm == "head" else k), v
+
+    @staticmethod
+    def unit(x: Tensor, qk_norm: str) -> Tensor:
+        """Unit vectors along the last axis."""
+        square = x.square().sum(-1, keepdim=True)
+        return x / (square + 1e-6).sqrt() if qk_norm == "head" else x / square.sqrt().clamp(min=1e-12)
+
+    # -- attention
+
+    def attention(
+        self, q: Tensor, pairs: list[Pair], qk_norm: str, norm: str, layer: int = 0, distances: list[int] | None = None
+    ) -> Tensor:
+        """The queries (h, e) of one token or state on all the given pairs: the heads' outputs, one behind the other.
+
+        With a `layer`, its position scheme applies, and the distance to each pair must be told.
+        """
+        if not pairs:
+            return torch.zeros_like(q).flatten()
+        keys, values = stack(pairs)
+        shared_by = self.config.heads // self.config.kv_heads
+        outputs = []
+        for head in range(self.config.heads):
+            group = head // shared_by
+            logits = self.logits(q[head], keys[group], head, qk_norm, norm, layer, distances)
+            outputs.append(softmax(logits) @ values[group])
+        return torch.cat(outputs)
+
+    def logits(
+        self, q: Tensor, keys: Tensor, head: int, qk_norm: str, norm: str, layer: int, distances: list[int] | None
+    ) -> Tensor:
+        """One head, q (e,) and keys (j, e): scale q.k + bias; where the head has a gain a, |a| (q.k + bias)."""
+        config = self.config
+        if qk_norm == "channel":
+            q = self.unit(q, qk_norm) * self.parameters[f"{norm}.q_scale"]
+            keys = self.unit(keys, qk_norm) * self.parameters[f"{norm}.k_scale"]
+        elif qk_norm == "head":
+            q = self.unit(q, qk_norm)  # the keys are unit vectors already
+        dots = rotated_dots(q, keys, distances) if layer and config.positions == "xpos" else keys @ q
+        has_bias = layer and config.positions in ("t5", "dynamic")
+        bias = self.position_bias(layer, head, distances) if has_bias else torch.zeros_like(dots)
+        if qk_norm == "head":
+            return self.parameters[f"{norm}.head_scale"][head].abs() * (dots + bias)
+        return dots * (config.qk_norm_scale if qk_norm == "channel" else config.dim_head**-0.5) + bias
+
+    def position_bias(self, layer: int, head: int, distances: list[int]) -> Tensor:
+        name = f"layers.{layer - 1}.position_bias"
+        if self.config.positions == "t5":
+            return self.parameters[f"{name}.table"][head, [t5_bucket(distance) for distance in distances]]
+        return torch.stack([self.dynamic_bias(name, distance)[head] for distance in distances])
+
+    def dynamic_bias(self, name: str, distance: int) -> Tensor:
+        """The bias of each head (h,), from an MLP of two hidden layers."""
+        width, log = self.config.block_width, self.config.dynamic_log_distance
+        seen = torch.tensor([math.log(1 + distance) if log else distance / width], dtype=self.dtype)
+        hidden = silu(self.linear(f"{name}.to_hidden", seen))
+        return self.linear(f"{name}.mlp.3", silu(self.linear(f"{name}.mlp.1", hidden)))
+
+    # -- the vertical direction: tokens
+
+    def read(self, tokens: list[int]) -> Tensor:
+        """The logits of the next tokens, (n, v)."""
+        return torch.stack([self.step(token) for token in tokens])
+
+    def step(self, token: int) -> Tensor:
+        """Logits (v,) after one more token."""
+        config, embedding = self.config, self.parameters["token_emb.weight"]
+        x = embedding[token]
+        for layer in self.layers:
+            x = self.token_through(layer, x)
+        if len(self.block[1]) == config.block_width:
+            self.complete_block()
+        x = self.norm("norm", x)
+        return embedding @ x / math.sqrt(config.dim) if config.tie_embeddings else self.linear("to_logits", x)
+
+    def token_through(self, layer: int, x: Tensor) -> Tensor:
+        name, qk_norm = f"layers.{layer - 1}", self.qk_norm_of_tokens(layer)
+        h = self.norm(f"{name}.norm", x)
+        place = len(self.block[layer])
+        self.block[layer].append(self.pair_of(f"{name}.to_kv", h, qk_norm))
+        distances, pairs = self.visible(layer, place)
+        attended = [
+            self.attention(self.heads_of(f"{name}.to_q", h), pairs, qk_norm, f"{name}.heads_norm", layer, distances)
+        ]
+        for i, cell in enumerate(self.cells_read_at(layer)):
+            q = self.heads_of(f"{name}.to_read_q.{i}", h)
+            attended.append(self.attention(q, self.views[cell], self.config.qk_norm, f"{name}.read_norm.{i}"))
+        x = x + self.linear(f"{name}.to_out", torch.cat(attended))
+        h = self.norm(f"{name}.feed_forward.norm", x)
+        return x + self.linear(f"{name}.feed_forward.to_out", self.hidden(f"{name}.feed_forward.hidden", h))
+
+    def visible(self, layer: int, place: int) -> tuple[list[int], list[Pair]]:
+        """The distances and pairs that the token at a place of the block sees, oldest first.
+
+        Compressed entries stand side by side in front of the XL memory, as if each were one token.
+        """
+        past = self.compressed[layer] + self.xl[layer]
+        at = {position - len(past): pair for position, pair in enumerate(past + self.block[layer])}
+        seen = [(place - position, pair) for position, pair in at.items()]
+        if self.config.attention_window == "sliding":
+            seen = [(distance, pair) for distance, pair in seen if 1 <= distance <= self.config.block_width]
+        return [distance for distance, _ in seen], [pair for _, pair in seen]
+
+    # -- the horizontal direction: states, when a block is complete
+
+    def complete_block(self) -> None:
+        self.state = {cell: self.written(cell) for cell in self.cells}
+        self.views = {cell: self.view(cell) for cell in self.cells}
+        for layer in self.layers:
+            self.remember(layer)
+        self.block = {layer: [] for layer in self.layers}
+
+    def identified(self, cell: int, i: int) -> Tensor:
+        """norm(S) + id of the i-th state."""
+        name = f"layers.{cell - 1}.cell"
+        return self.norm(f"{name}.norm", self.state[cell][i]) + self.parameters[f"{name}.ids"][i]
+
+    def view(self, cell: int) -> list[Pair]:
+        """A key and a value for each state."""
+        to_kv = f"layers.{cell - 1}.cell.to_kv"
+        return [
+            self.pair_of(to_kv, self.identified(cell, i), self.config.qk_norm) for i in range(len(self.state[cell]))
+        ]
+
+    def written(self, cell: int) -> Tensor:
+        """The next state."""
+        name, qk_norm, rows = f"layers.{cell - 1}.cell", self.config.qk_norm, []
+        tokens = (self.xl[cell] if self.config.state_reads_memory else []) + self.block[cell]
+        for i, old in enumerate(self.state[cell]):
+            source = self.identified(cell, i)
+            to_self, to_cross = (self.heads_of(f"{name}.{which}", source) for which in ("to_self_q", "to_cross_q"))
+            itself = self.attention(to_self, self.views[cell], qk_norm, f"{name}.self_norm")
+            others = self.attention(to_cross, tokens, qk_norm, f"{name}.cross_norm")
+            rows.append(self.updated(f"{name}.update", old, torch.cat((itself, others))))
+        return torch.stack(rows)
+
+    def updated(self, name: str, old: Tensor, attended: Tensor) -> Tensor:
+        """One state after the attention of its block."""
+        if self.config.state_update == "skip":
+            return self.gated(f"{name}.gate", old, self.linear(f"{name}.to_candidate", attended), attended)
+        if self.config.state_update == "single":
+            hidden = self.hidden(f"{name}.hidden", attended)
+            return self.gated(f"{name}.gate", old, self.linear(f"{name}.to_candidate", hidden).tanh(), hidden)
+        candidate = self.linear(f"{name}.attention.to_candidate", attended)
+        middle = self.gated(f"{name}.attention.gate", old, candidate, attended)
+        hidden = self.hidden(f"{name}.hidden", self.norm(f"{name}.norm", middle))
+        return self.gated(f"{name}.gate", middle, self.linear(f"{name}.to_candidate", hidden), hidden)
+
+    def gated(self, name: str, old: Tensor, candidate: Tensor, source: Tensor) -> Tensor:
+        if self.config.gate == "lstm":
+            forget = sigmoid(self.linear(f"{name}.to_forget", source) + 1)
+            return old * forget + candidate * sigmoid(self.linear(f"{name}.to_input", source) - 1)
+        if self.config.gate == "full":
+            keep = sigmoid(self.linear(f"{name}.to_keep", source) + 1)
+        else:
+            keep = sigmoid(self.parameters[f"{name}.keep"])
+        return old * keep + candidate * (1 - keep)
+
+    # -- memory, when a block is complete
+
+    def remember(self, layer: int) -> None:
+        width = self.xl_width(layer)
+        if width == 0:
+            return
+        above = layer + 1 if self.config.enhanced_recurrence and layer < self.config.depth else layer
+        pairs = self.xl[layer] + self.block[above]
+        leaving, self.xl[layer] = pairs[:-width], pairs[-width:]
+        if self.config.use_compressed_mem:
+            entries = self.compressed[layer] + self.compress(layer, leaving)
+            self.compressed[layer] = entries[max(0, len(entries) - self.config.block_width // 2) :]
+
+    def compress(self, layer: int, pairs: list[Pair]) -> list[Pair]:
+        """One entry for every `factor` tokens of a block, counted from its end: the oldest that do not fill one go."""
+        factor, shape = self.config.compressed_mem_factor, (self.config.kv_heads, self.config.dim_head)
+        name = f"layers.{layer - 1}.compressor.conv"
+        weight, bias = self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]
+        half = len(bias) // 2
+        entries = []
+        for first in range(len(pairs) % factor, len(pairs), factor):
+            k, v = bias[:half], bias[half:]
+            for i in range(factor):
+                key, value = pairs[first + i]
+                k = k + weight[:half, :, i] @ key.flatten()
+                v = v + weight[half:, :, i] @ value.flatten()
+            entries.append((k.reshape(shape), v.reshape(shape)))
+        return entries
+
+
+# -- comparing
+
+
+def assert_same(
+    actual: Tensor, expected: Tensor, tolerance: float = 1e-10, spread: float = 0.0, name: str = ""
+) -> None:
+    """The largest difference is within `tolerance` of the spread of what is expected (or of `spread`, where larger)."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    if not expected.numel():
+        return
+    spread = max(spread, (expected.max() - expected.min()).item(), 1e-3)
+    error = (actual - expected).abs().max().item()
+    assert error <= tolerance * spread, f"{name}: off by {error:.3g}, {error / spread:.3g} of the spread"
+
+
+def assert_all_same(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10, of: str = ""
+) -> None:
+    """The same names and values, as exact as assert_same asks, or as exact as a hundredth of the largest value is."""
+    assert actual.keys() == expected.keys()
+    largest = max((value.abs().max().item() for value in expected.values() if value.numel()), default=0.0)
+    for name, value in expected.items():
+        assert_same(actual[name], value, tolerance, spread=1e-2 * largest, name=of + name)
+
+
+def remembered(oracle: Oracle) -> dict[str, Tensor]:
+    """Everything that an oracle carries, by name."""
+    found = {}
+    for layer in oracle.layers:
+        for name in ("xl", "compressed", "block"):
+            if pairs := getattr(oracle, name)[layer]:
+                keys, values = stack(pairs)
+                found |= {f"layer {layer} {name} keys": keys, f"layer {layer} {name} values": values}
+    return found | {f"state {cell}": oracle.state[cell] for cell in oracle.cells}
+
+
+def carried(config: Config, memories: Memories, states: States, row: int = -1) -> dict[str, Tensor]:
+    """The same of one row of what a model carries: the filled part of each buffer."""
+    place = memories.place if isinstance(memories.place, int) else int(memories.place[row])
+    blocks = memories.blocks + (0 if memories.ahead is None else int(memories.ahead[row]))
+    if config.empty_memory == "zeros":
+        blocks = config.num_xl_blocks
+    compressed = max(0, blocks - config.num_xl_blocks) * (config.block_width // config.compressed_mem_factor)
+    found = {}
+    for number, layer in enumerate(memories.layers, start=1):
+        for name, held in (("xl", blocks * config.block_width), ("compressed", compressed), ("block", place)):
+            for kind, buffer in zip(("keys", "values"), getattr(layer, name) or ()):
+                held = min(held, buffer.shape[2])
+                start = 0 if name == "block" else buffer.shape[2] - held
+                if held:
+                    found[f"layer {number} {name} {kind}"] = buffer[row, :, start : start + held]
+    return found | {f"state {cell}": s[row] for cell, s in zip(sorted(config.recurrent_layers), states.layers)}
+
+
+def gradients(model: BlockRecurrentTransformer, results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of all parameters, for one random combination of all results; the same one for the same names and shapes."""
+    draw = torch.Generator().manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for _, result in sorted(results.items()):
+        total = total + (result * torch.randn(result.shape, generator=draw, dtype=result.dtype)).sum()
+    names, parameters = zip(*model.named_parameters())
+    found = torch.autograd.grad(total, parameters, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found)}
+
+
+def read_in_pieces(
+    model: BlockRecurrentTransformer,
+    tokens: Tensor,
+    cuts: list[int],
+    memories: Memories | None = None,
+    states: States | None = None,
+) -> tuple[Tensor, Memories, States]:
+    """One call after another. Logits of all tokens, and what the last call returned."""
+    logits = []
+    for piece in tokens.split(cuts, dim=1):
+        out, memories, states = model(piece, xl_memories=memories, states=states)
+        logits.append(out)
+    return torch.cat(logits, dim=1), memories, states

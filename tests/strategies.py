@@ -1,0 +1,108 @@
+"""Random configurations, models, streams and splits of them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
+
+VOCABULARY = 11
+
+
+def examples(usual: int) -> int:
+    """How many examples a property tries: the usual number, times EXAMPLES of the environment."""
+    return max(1, round(usual * float(os.environ.get("EXAMPLES", 1))))
+
+
+@st.composite
+def config_options(draw: st.DrawFn, **forced: object) -> dict:
+    """Options of a small valid `Config`: any that can go together; `forced` ones as given."""
+
+    def choose(name: str, *values: object) -> object:
+        return forced.get(name, draw(st.sampled_from(values)))
+
+    depth, width, xl_blocks = (
+        choose("depth", 2, 1, 3, 4),
+        choose("block_width", 3, 2, 1, 4, 5),
+        choose("num_xl_blocks", 1, 2, 0),
+    )
+    layers = range(1, depth + 1)
+    some_layers = st.lists(st.sampled_from(layers), unique=True, max_size=depth)
+    xl_layers = forced.get("xl_layers", draw(st.none() | some_layers.map(tuple)))
+    enhanced = choose("enhanced_recurrence", False, True)
+    if enhanced:
+        xl_layers, xl_blocks = None, max(1, xl_blocks)
+    remembers = xl_blocks > 0 and xl_layers != ()
+    compressed = remembers and width > 1 and not enhanced and choose("use_compressed_mem", False, True)
+    window = "blocks" if compressed or xl_blocks > 1 else choose("attention_window", "blocks", "sliding")
+    positions = choose("positions", "xpos", "dynamic", "t5", "none")
+    dim_head = choose("dim_head", 4, 2) if positions == "xpos" else choose("dim_head", 4, 3, 1)
+    heads = choose("heads", 2, 1, 4)
+    writes = forced.get("recurrent_layers", tuple(draw(some_layers)))
+    feedback = bool(writes) and choose("block_feedback", False, True)
+    reads = None if feedback else tuple(draw(st.integers(1, write)) for write in writes)
+    qk_norm = choose("qk_norm", "channel", "head", "none")
+    return {
+        "num_tokens": VOCABULARY,
+        "dim": choose("dim", 8, 5, 16),
+        "depth": depth,
+        "dim_head": dim_head,
+        "heads": heads,
+        "kv_heads": draw(st.sampled_from([g for g in (1, 2, 4) if heads % g == 0])),
+        "ff_dim": choose("ff_dim", 6, 3),
+        "ff_activation": choose("ff_activation", "geglu", "relu"),
+        "max_seq_len": width,
+        "block_width": width,
+        "num_xl_blocks": xl_blocks,
+        "xl_layers": xl_layers,
+        "use_compressed_mem": compressed,
+        "compressed_mem_factor": draw(st.integers(1, width)),
+        "enhanced_recurrence": enhanced,
+        "attention_window": window,
+        "empty_memory": "masked" if compressed else choose("empty_memory", "masked", "zeros"),
+        "positions": positions,
+        "dynamic_log_distance": choose("dynamic_log_distance", True, False),
+        "recurrent_layers": writes,
+        "read_recurrent_layers": reads,
+        "num_state_vectors": choose("num_state_vectors", 2, 1, 3),
+        "state_update": choose("state_update", "skip", "dual", "single"),
+        "gate": choose("gate", "fixed", "lstm", "full"),
+        "candidate_bias": choose("candidate_bias", True, False),
+        "state_reads_memory": choose("state_reads_memory", False, True),
+        "block_feedback": feedback,
+        "norm": choose("norm", "layer", "rms"),
+        "qk_norm": qk_norm,
+        "all_layers_qk_rmsnorm": qk_norm != "none" and choose("all_layers_qk_rmsnorm", False, True),
+        "qk_norm_scale": choose("qk_norm_scale", 8.0, 1.0),
+        "tie_embeddings": choose("tie_embeddings", False, True),
+        "use_flash_attn": choose("use_flash_attn", True, False),
+    }
+
+
+def random_model(config: Config, seed: int = 0) -> BlockRecurrentTransformer:
+    """In float64 and eval mode, no parameter at its initial value: gains, gates, biases and scales all matter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BlockRecurrentTransformer(config).double().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+                if name.endswith("head_scale"):
+                    parameter *= torch.randn_like(parameter).sign()  # the scale is its absolute value
+    return model
+
+
+def random_stream(batch: int, n: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def splits(draw: st.DrawFn, n: int, most: int = 6) -> list[int]:
+    """Lengths >= 1 of at most `most` pieces that make n."""
+    cuts = draw(st.lists(st.integers(1, n - 1), unique=True, max_size=most - 1)) if n > 1 else []
+    ends = [*sorted(cuts), n]
+    return [end - start for start, end in zip([0, *ends], ends)]
