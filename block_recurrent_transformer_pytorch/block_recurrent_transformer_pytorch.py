@@ -32,7 +32,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -273,11 +273,15 @@ class KV(NamedTuple):
 
 
 class LayerMemory(NamedTuple):
-    """What one layer remembers. Buffers of fixed width; what has not been read yet is zero."""
+    """What one layer remembers. Buffers of fixed width; what has not been read yet is zero.
+
+    `window` follows from the others: decoding keeps it so that keys are normalised and rotated once a block.
+    """
 
     xl: KV  # the last complete blocks, (b, g, xl_width, e), right-aligned
     block: KV  # the block being filled, (b, g, w, e), left-aligned
     compressed: KV | None = None  # (b, g, compressed_width, e), right-aligned
+    window: KV | None = None  # [compressed ; xl ; block], keys as the queries of this block see them; None: empty block
 
 
 class Memories(NamedTuple):
@@ -362,8 +366,12 @@ class HeadsNorm(nn.Module):
         """Keys as they go into a memory; what all the attentions on the same keys share."""
         return k
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q, k
+    def queries(self, q: Tensor) -> Tensor:
+        return q
+
+    def keys(self, k: Tensor) -> Tensor:
+        """Stored keys as the queries of this attention meet them."""
+        return k
 
     def scaled(self, bias: Tensor) -> Tensor:
         """A position bias (h, j) in the units of the logits."""
@@ -379,8 +387,11 @@ class ChannelNorm(HeadsNorm):
         self.q_scale = nn.Parameter(torch.ones(config.dim_head))
         self.k_scale = nn.Parameter(torch.ones(config.dim_head))
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
+    def queries(self, q: Tensor) -> Tensor:
+        return F.normalize(q, dim=-1) * self.q_scale
+
+    def keys(self, k: Tensor) -> Tensor:
+        return F.normalize(k, dim=-1) * self.k_scale
 
 
 class HeadNorm(HeadsNorm):
@@ -394,8 +405,8 @@ class HeadNorm(HeadsNorm):
     def store(self, k: Tensor) -> Tensor:
         return k * (k.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.store(q) * self.head_scale.abs().view(-1, 1, 1), k
+    def queries(self, q: Tensor) -> Tensor:
+        return self.store(q) * self.head_scale.abs().view(-1, 1, 1)
 
     def scaled(self, bias: Tensor) -> Tensor:
         return bias * self.head_scale.abs()[:, None]
@@ -463,15 +474,16 @@ class Pattern(NamedTuple):
     Positions count from the start of the block; remembered entries stand at -m ... -1.
     """
 
-    first: int  # remembered entries that no query sees, oldest first: left out
-    last: int  # tokens of the block that some query sees: those after them are left out
+    first: int  # of [remembered entries ; block], the part that some query sees: from here
+    last: int  # to here
     distances: Tensor  # all that occur of query position - key position, ascending, and which are seen, bool
     seen: Tensor
     pairs: Tensor  # index into these for each query and key, (n, j), or (b, n, j) where places differ
     mask: Tensor | None  # True where visible, (n, j) or (b, n, j); None: everywhere, or causal
     causal: bool  # n = j, and each query sees the keys up to its own
-    q_tables: Rotation | None  # the rotary tables of the queries' and the keys' positions
+    q_tables: Rotation | None  # the rotary tables of the queries, and of all of [remembered entries ; block]
     k_tables: Rotation | None
+    new_tables: Rotation | None  # those of the keys of the new tokens
 
 
 class Rotation(NamedTuple):
@@ -627,19 +639,16 @@ def cat_keys(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat((old, new), dim=2) if old.shape[2] else new
 
 
-def extend(block: KV, new: KV, piece: Piece) -> KV:
-    """The block being filled with the new tokens in it, (b, g, w, e); whole blocks as they are, (b, g, t w, e)."""
-    width = block.k.shape[2]
-    if piece.n == width and piece.counts is None:
-        return new
+def extend(buffer: KV, new: KV, piece: Piece, start: int = 0) -> KV:
+    """A buffer (b, g, j, e), in which the block begins at `start`, with the new tokens in their places."""
     if isinstance(piece.place, int):
-        stop = piece.place + piece.n
-        return KV(*(torch.slice_scatter(old, x.to(old.dtype), 2, piece.place, stop) for old, x in zip(block, new)))
+        start, stop = start + piece.place, start + piece.place + piece.n
+        return KV(*(torch.slice_scatter(old, x.to(old.dtype), 2, start, stop) for old, x in zip(buffer, new)))
     assert piece.counts is not None
-    slot = torch.arange(width, device=block.k.device) - piece.place[:, None]  # (b, w) index into the new tokens
+    slot = torch.arange(-start, buffer.k.shape[2] - start, device=buffer.k.device) - piece.place[:, None]
     fresh = ((slot >= 0) & (slot < piece.counts[:, None]))[:, None, :, None]
-    index = slot.clamp(0, piece.n - 1)[:, None, :, None].expand_as(block.k)
-    return KV(*(torch.where(fresh, x.to(old.dtype).gather(2, index), old) for old, x in zip(block, new)))
+    index = slot.clamp(0, piece.n - 1)[:, None, :, None].expand_as(buffer.k)  # into the new tokens
+    return KV(*(torch.where(fresh, x.to(old.dtype).gather(2, index), old) for old, x in zip(buffer, new)))
 
 
 def windows(stream: Tensor, width: int, step: int, t: int) -> Tensor:
@@ -670,14 +679,16 @@ class Compressor(nn.Module):
         return KV(*(rearrange(x, "(b t) (g e) w -> b g (t w) e", t=t, g=g) for x in (k, v)))
 
 
-def remember(memory: LayerMemory, filled: KV, stream: KV | None, queue: KV | None, piece: Piece) -> LayerMemory:
+def remember(
+    memory: LayerMemory, filled: KV, stream: KV | None, queue: KV | None, window: KV | None, piece: Piece
+) -> LayerMemory:
     """The memory after a piece.
 
-    filled: the block being filled (`extend`). stream, queue: [xl ; blocks that are complete now] and [compressed ; what
-    they push out of the XL memory, compressed], or None where no block is complete.
+    filled: the block being filled, or whole blocks. stream, queue: [xl ; blocks that are complete now] and
+    [compressed ; what they push out of the XL memory, compressed], or None where no block is complete.
     """
     if stream is None:
-        return memory._replace(block=filled)
+        return memory._replace(block=filled, window=window)
     xl, block = newest(stream, memory.xl), KV(*(zeros(x, *x.shape) for x in memory.block))
     compressed = None if queue is None or memory.compressed is None else newest(queue, memory.compressed)
     if isinstance(piece.complete, bool):
@@ -854,8 +865,8 @@ class RecurrentCell(nn.Module):
             (self.to_self_q, self.self_norm, view.k, view.v, None),
             (self.to_cross_q, self.cross_norm, k, v, mask),
         ):
-            q, keys = norm(split_heads(to_q(source), 1, self.heads), keys)
-            attended.append(attend(q, keys, values, scale=norm.scale, mask=hidden, use_flash=self.use_flash))
+            q = norm.queries(split_heads(to_q(source), 1, self.heads))
+            attended.append(attend(q, norm.keys(keys), values, scale=norm.scale, mask=hidden, use_flash=self.use_flash))
         new: Tensor = self.update(state, torch.cat([rearrange(x, "b h s e -> b s (h e)") for x in attended], dim=-1))
         return new
 
@@ -909,9 +920,8 @@ class TransformerBlock(nn.Module):
         self.cell = RecurrentCell(config) if is_recurrent else None
 
     def self_attention(self, h: Tensor, keys: KV, pattern: Pattern, t: int) -> Tensor:
-        """Normalised tokens h (b, t n, d), keys and values (b t, g, j, e) -> (b t, h, n, e)."""
-        q, k = self.heads_norm(split_heads(self.to_q(h), t, self.heads), keys.k)
-        q, k = rotate(q, pattern.q_tables), rotate(k, pattern.k_tables)
+        """Normalised tokens h (b, t n, d), keys and values they see (b t, g, j, e) -> (b t, h, n, e)."""
+        q = rotate(self.heads_norm.queries(split_heads(self.to_q(h), t, self.heads)), pattern.q_tables)
         mask, causal = pattern.mask, pattern.causal
         if mask is not None:
             mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
@@ -922,16 +932,16 @@ class TransformerBlock(nn.Module):
             mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
             causal = False
         dropout = self.attn_dropout if self.training else 0.0
-        return attend(q, k, keys.v, scale=self.heads_norm.scale, mask=mask, causal=causal, dropout=dropout,
+        return attend(q, keys.k, keys.v, scale=self.heads_norm.scale, mask=mask, causal=causal, dropout=dropout,
                       use_flash=self.use_flash)  # fmt: skip
 
     def read(self, h: Tensor, views: Sequence[KV], t: int) -> list[Tensor]:
         """What the tokens find in the states: one (b t, h, n, e) for each view (b, t, g, s, e)."""
         found = []
-        for to_q, norm, view in zip(self.to_read_q, self.read_norm, views):
-            q, k = norm(split_heads(to_q(h), t, self.heads), view.k.flatten(0, 1))
-            scale: float = norm.scale  # type: ignore[assignment]
-            found.append(attend(q, k, view.v.flatten(0, 1), scale=scale, use_flash=self.use_flash))
+        norms: Iterable[HeadsNorm] = self.read_norm  # type: ignore[assignment]
+        for to_q, norm, view in zip(self.to_read_q, norms, views):
+            q, k = norm.queries(split_heads(to_q(h), t, self.heads)), norm.keys(view.k.flatten(0, 1))
+            found.append(attend(q, k, view.v.flatten(0, 1), scale=norm.scale, use_flash=self.use_flash))
         return found
 
     def forward(
@@ -952,7 +962,9 @@ class TransformerBlock(nn.Module):
         t = piece.t
         h = self.input_dropout(self.norm(x))
         k, v = split_heads(self.to_kv(h), 1, 2 * self.kv_heads).chunk(2, dim=1)
-        filled = extend(memory.block, KV(self.heads_norm.store(k), v), piece)
+        new = KV(self.heads_norm.store(k), v)
+        is_whole = piece.n == self.block_width and piece.counts is None
+        filled = new if is_whole else extend(memory.block, new, piece)
         stream = queue = None
         if piece.complete is not False:
             stream = KV(*map(cat_keys, memory.xl, filled))
@@ -970,25 +982,46 @@ class TransformerBlock(nn.Module):
             if self.is_own_read:
                 reads = (views, *reads)
 
-        keys = self.visible(memory, filled, pattern) if t == 1 else self.visible_blocks(stream, queue, t)
+        window = None if is_whole else self.extended_window(memory, new, pattern, piece)
+        keys = window or self.whole_windows(memory, filled, stream, queue, pattern, t)
+        if t == 1:
+            keys = KV(*(x[:, :, pattern.first : pattern.last] for x in keys))
         attended = [self.self_attention(h, keys, pattern, t), *self.read(h, reads, t)]
         x = x + self.to_out(torch.cat([rearrange(a, "(b t) h n e -> b (t n) (h e)", t=t) for a in attended], dim=-1))
         x = x + self.feed_forward(x)
-        return x, remember(memory, filled, stream, queue, piece), state, views
+        return x, remember(memory, filled, stream, queue, window, piece), state, views
 
-    def visible(self, memory: LayerMemory, filled: KV, pattern: Pattern) -> KV:
-        """What the tokens of one block see of [compressed ; xl ; block], (b, g, j, e)."""
-        past = memory.xl if memory.compressed is None else KV(*map(cat_keys, memory.compressed, memory.xl))
-        return KV(*(cat_keys(p[:, :, pattern.first :], f[:, :, : pattern.last]) for p, f in zip(past, filled)))
+    def seen(self, k: Tensor, table: Rotation | None) -> Tensor:
+        """Stored keys as the queries see them: normalised, scaled, and turned by their positions."""
+        return rotate(self.heads_norm.keys(k), table)
 
-    def visible_blocks(self, stream: KV | None, queue: KV | None, t: int) -> KV:
-        """The same for each of t whole blocks, (b t, g, j, e)."""
+    def extended_window(self, memory: LayerMemory, new: KV, pattern: Pattern, piece: Piece) -> KV:
+        """[compressed ; xl ; block] with the new tokens in it, (b, g, m + w, e)."""
+        window = memory.window
+        if window is None:
+            k, v = (cat_keys(past, block) for past, block in zip(self.past(memory), memory.block))
+            window = KV(self.seen(k, pattern.k_tables), v)
+        new = KV(self.seen(new.k, pattern.new_tables), new.v)
+        return extend(window, new, piece, start=self.compressed_width + self.xl_width)
+
+    def whole_windows(
+        self, memory: LayerMemory, filled: KV, stream: KV | None, queue: KV | None, pattern: Pattern, t: int
+    ) -> KV:
+        """[compressed ; xl ; block] of each of t whole blocks, (b t, g, m + w, e)."""
+        if t == 1:
+            k, v = map(cat_keys, self.past(memory), filled)
+            return KV(self.seen(k, pattern.k_tables), v)
         assert stream is not None
         width, size = self.block_width, self.compressed_width
         keys = [windows(x, self.xl_width + width, width, t) for x in stream]
         if queue is not None:
             keys = [torch.cat((windows(q, size, (q.shape[2] - size) // t, t), k), dim=3) for q, k in zip(queue, keys)]
-        return KV(*(k.flatten(0, 1) for k in keys))
+        k, v = (x.flatten(0, 1) for x in keys)
+        return KV(self.seen(k, pattern.k_tables), v)
+
+    def past(self, memory: LayerMemory) -> KV:
+        """[compressed ; xl], (b, g, m, e)."""
+        return memory.xl if memory.compressed is None else KV(*map(cat_keys, memory.compressed, memory.xl))
 
     def to_be_read_by_states(self, stream: KV, filled: KV, piece: Piece) -> tuple[KV, Tensor | None]:
         """What states attend to as each block completes, (b, t, g, j, e), and which of it is there, (b, 1, 1, j)."""
@@ -1032,9 +1065,12 @@ def make_pattern(config: Config, piece: Piece, layer: int, rotary: XPos | None, 
     elif n > 1 or piece.t > 1:
         causal = low == 0 and place == 0 and not nearest
         mask = None if causal else seen[pairs]
-    q_tables = None if rotary is None else rotary.at(place, n)[0]
-    k_tables = None if rotary is None else rotary.at(low, high - low)[1]
-    return Pattern(xl + compressed + low, high, distances, seen, pairs, mask, causal, q_tables, k_tables)
+    first, last = xl + compressed + low, xl + compressed + high
+    if rotary is None:
+        return Pattern(first, last, distances, seen, pairs, mask, causal, None, None, None)
+    q_tables, new_tables = rotary.at(place, n)
+    k_tables = rotary.at(-(xl + compressed), xl + compressed + width)[1]
+    return Pattern(first, last, distances, seen, pairs, mask, causal, q_tables, k_tables, new_tables)
 
 
 def held_rows(config: Config, piece: Piece, keys: Tensor, xl: int, compressed: int) -> Tensor:
@@ -1700,6 +1736,7 @@ class BlockRecurrentTransformer(nn.Module):
         for layer, memory in enumerate(memories.layers, start=1):
             compressed = config.compressed_width(layer)
             sizes = {"xl": config.xl_width(layer), "block": config.block_width, "compressed": compressed}
+            sizes["window"] = sum(sizes.values())
             if (memory.compressed is None) != (compressed == 0):
                 raise ValueError(
                     f"xl_memories: layer {layer} has {'no' if memory.compressed is None else 'a'} compressed memory, "

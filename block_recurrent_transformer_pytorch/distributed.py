@@ -11,7 +11,9 @@ over their own connections, by pickle as torch.distributed does it; nothing of t
 
 from __future__ import annotations
 
+import inspect
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +23,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, States
+from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, RecurrentTrainWrapper, States
 
 Value = TypeVar("Value")
 Carried = tuple[Memories, States]
@@ -118,10 +122,23 @@ def shard(model: BlockRecurrentTransformer, processes: Processes) -> None:
         from torch.distributed.fsdp import fully_shard
     except ImportError as error:
         raise ImportError(f"FSDP2 needs torch 2.6 or newer, this is {torch.__version__}") from error
-    mesh = dist.init_device_mesh(processes.device.type, (processes.size,))
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing is changed in place
+    mesh = init_device_mesh(processes.device.type, (processes.size,))
     for layer in model.layers:
         fully_shard(layer if layer.cell is None else layer.feed_forward, mesh=mesh)  # type: ignore[arg-type]
     fully_shard(model, mesh=mesh)
+
+
+def replicate(module: nn.Module, model: BlockRecurrentTransformer, num_tokens: int) -> DistributedDataParallel:
+    """DistributedDataParallel around a module that trains `model` on graphs of so many tokens."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unused = bool(RecurrentTrainWrapper(model, seq_len=num_tokens).untrained())
+    keyword = "forward_sync_buffers"  # the buffers are constants; before torch 2.13 the argument had another name
+    if keyword not in inspect.signature(DistributedDataParallel).parameters:
+        keyword = "broadcast_buffers"
+    options: dict[str, Any] = {"find_unused_parameters": unused, keyword: False}
+    return DistributedDataParallel(module, **options)
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
@@ -174,8 +191,8 @@ def load_optimizer_state(
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded or plain tensor as a plain one on the CPU, of its own memory."""
-    gathered = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-    return gathered.cpu().clone() if gathered.device.type == "cpu" else gathered.cpu()
+    gathered: Tensor = getattr(tensor.detach(), "full_tensor", tensor.detach)()
+    return gathered.clone() if gathered.device.type == "cpu" else gathered.cpu()
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -217,23 +234,33 @@ def join_rows(parts: Sequence[Carried]) -> Carried:
     if any(isinstance(place, Tensor) or place != places[0] for place in places):
         raise ValueError(f"batches at the places {places} of a block cannot be joined, only at one")
     held = torch.cat([held_blocks(part) for part in memories])
-    joined = Memories(_join([part.layers for part in memories]), places[0], *_held(held))
-    return joined, _join(states)
+    fewest = int(held.min())
+    ahead = None if bool((held == fewest).all()) else held - fewest
+    return Memories(_join([part.layers for part in memories]), places[0], fewest, ahead), _join(states)
 
 
 def split_rows(carried: Carried, sizes: Sequence[int]) -> list[Carried]:
-    """The inverse of `join_rows`: memories and states of batches of so many rows."""
+    """The inverse of `join_rows`: memories and states of batches of so many rows, all masked alike.
+
+    Raises:
+        ValueError: rows stand at different places of their block.
+    """
     memories, states = carried
     if isinstance(memories.place, Tensor):
-        raise ValueError(f"rows at different places of a block, {memories.place.tolist()}, cannot be split")
-    held, parts, start = held_blocks(memories), [], 0
+        raise ValueError(f"rows at the places {memories.place.tolist()} of a block cannot be split, only at one")
+    parts, start = [], 0
     for size in sizes:
         rows = slice(start, start + size)
-        layers = tree_map(lambda leaf, rows=rows: None if leaf is None else leaf[rows].clone(), memories.layers)
-        own = tree_map(lambda leaf, rows=rows: None if leaf is None else leaf[rows].clone(), states)
-        parts.append((Memories(layers, memories.place, *_held(held[rows])), own))
+        parts.append((_take(memories, rows), _take(states, rows)))
         start += size
     return parts
+
+
+def _take(carried: Value, rows: slice) -> Value:
+    def take(leaf: Any) -> Any:
+        return leaf[rows].clone() if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(take, carried)  # type: ignore[no-any-return]
 
 
 def held_blocks(memories: Memories) -> Tensor:
@@ -242,12 +269,6 @@ def held_blocks(memories: Memories) -> Tensor:
     if memories.ahead is not None:
         return memories.blocks + memories.ahead
     return torch.full((like.shape[0],), memories.blocks, device=like.device)
-
-
-def _held(held: Tensor) -> tuple[int, Tensor | None]:
-    """`Memories.blocks` and `Memories.ahead` of rows that remember so many blocks."""
-    fewest = int(held.min())
-    return fewest, None if bool((held == fewest).all()) else held - fewest
 
 
 def _join(trees: Sequence[Value]) -> Value:

@@ -1,0 +1,293 @@
+"""What memory buys: bits per byte of a trained model over whole documents, and with parts of its memory taken away.
+
+    python evaluate.py runs/mine                          # the run's own validation split
+    python evaluate.py runs/mine --data books/ --split all --rows 4
+
+Every document is read from its first token to its last, in four ways:
+
+    carried              memories and states as in training
+    state reset          the states return to their initial values at the start of every block
+    no XL memory         a block sees no earlier token, neither word for word nor compressed; states are carried
+    neither              a block sees nothing but itself
+
+It prints a table with 95 % bootstrap intervals, and bits per byte by position in the document, and writes them with a
+figure and one line a document to DIR/evaluation: table.txt, positions.csv, documents.csv, positions.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data
+
+Floats = NDArray[np.float64]
+
+WAYS = {  # name: (states are carried, memories are carried)
+    "carried": (True, True),
+    "state reset": (False, True),
+    "no XL memory": (True, False),
+    "neither": (False, False),
+}
+EDGES = 64 * 2 ** np.arange(15)  # positions 64 ... 1,048,576
+MANY_DOCUMENTS = 10  # from so many on, documents are what the bootstrap draws; below, blocks
+
+
+class Losses(NamedTuple):
+    """Nats that were lost."""
+
+    blocks: Floats  # in every block of every document
+    positions: Floats  # between EDGES, with what lies before and behind
+
+
+class Layout(NamedTuple):
+    """Where the blocks of the documents lie in arrays over all of them, and how many bytes each holds."""
+
+    first: NDArray[np.int64]  # (documents + 1,)
+    block_bytes: Floats  # (blocks,)
+    position_bytes: Floats  # between EDGES
+    bytes_per_token: Floats  # (documents,)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("run", metavar="DIR", help="folder of the run")
+    add("--checkpoint", choices=("best", "last"), default="best", help="which of the run; best: in validation")
+    add("--data", help="as of train.py; default the run's own")
+    add("--split", choices=("valid", "test", "all"), default="valid", help="part of the data")
+    add("--documents", type=int, metavar="N", help="the first N documents only")
+    add("--rows", type=int, default=16, help="documents that are read side by side")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--threads", type=int, help="threads on the CPU; default torch's choice")
+    add("--out", metavar="DIR", help="where to write; default evaluation in the run's folder")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransformer:
+    checkpoints = folder / "checkpoints"
+    try:
+        if which == "best":
+            saved = checkpoint.load(checkpoint.best(checkpoints), only=["model"])
+        else:
+            saved = checkpoint.load_latest(checkpoints, only=["model"])
+    except FileNotFoundError as error:
+        raise ValueError(f"run {folder}: {error}; --checkpoint last needs no validation loss") from error
+    print(f"{saved.path}, step {saved.step}")
+    config = Config.from_dict(saved.metadata["model_config"])
+    weights = {name: tensor.to(device) for name, tensor in saved.tensors["model"].items()}
+    return BlockRecurrentTransformer.from_weights(config, weights)
+
+
+def load_documents(options: argparse.Namespace, folder: Path) -> tuple[data.Source, data.Corpus]:
+    try:
+        trained = json.loads((folder / "config.json").read_text())["options"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"run {folder}: its config.json cannot be read: {error}") from error
+    source = data.load_source(options.data or trained["data"], text_field=trained["text_field"])
+    if options.split != "all":
+        source = getattr(data.split(source), options.split)
+    if options.documents:
+        source = data.Source(source.documents[: options.documents])
+    print(f"{options.data or trained['data']}, {options.split}: {source.describe()}")
+    tokenizer = data.FileTokenizer(trained["tokenizer"]) if trained["tokenizer"] else data.ByteTokenizer()
+    return source, data.build_corpus(source, tokenizer, trained["cache"])
+
+
+def lay_out(corpus: data.Corpus, width: int) -> Layout:
+    lengths = corpus.lengths
+    per_token = corpus.byte_counts / np.maximum(lengths, 1)
+    blocks = -(-lengths // width)
+    first = np.concatenate([[0], np.cumsum(blocks)])
+    sizes = np.full(first[-1], width)
+    sizes[first[1:][lengths > 0] - 1] = ((lengths - 1) % width + 1)[lengths > 0]
+    ends = np.concatenate([[0], EDGES, [np.iinfo(np.int64).max]])
+    within = np.minimum(lengths[:, None], ends[1:]) - np.minimum(lengths[:, None], ends[:-1])  # (documents, buckets)
+    return Layout(first, sizes * np.repeat(per_token, blocks), per_token @ within, per_token)
+
+
+@torch.no_grad()
+def read(model: BlockRecurrentTransformer, corpus: data.Corpus, layout: Layout, rows: int, way: str) -> Losses:
+    """Reads all documents in one of WAYS. Calls are whole blocks, so that to carry nothing is to begin anew."""
+    keeps_states, keeps_memories = WAYS[way]
+    width, device = model.config.block_width, model.token_emb.weight.device
+    count = max(1, model.config.max_seq_len // width) if keeps_states and keeps_memories else 1
+    stream = data.DocumentStream(corpus, batch=rows, segment=count * width, shuffle=False, repeat=False)
+    losses = Losses(np.zeros(len(layout.block_bytes)), np.zeros(len(EDGES) + 1))
+    memories = states = None
+    pause = 0.5 if sys.stderr.isatty() else 15
+    with tqdm(total=corpus.total_tokens, desc=way, unit="token", unit_scale=True, mininterval=pause) as bar:
+        for batch in stream:
+            x, mask = batch.tokens.to(device), batch.targets_mask.numpy()
+            reset = batch.reset.to(device) if batch.reset.any() and (memories or states) else None
+            logits, memories, states = model(x[:, :-1], xl_memories=memories, states=states, reset=reset)
+            nats = F.cross_entropy(logits.double().transpose(1, 2), x[:, 1:], reduction="none")
+            add_up(losses, layout, np.where(mask, nats.cpu().numpy(), 0), batch, width)
+            memories, states = memories if keeps_memories else None, states if keeps_states else None
+            bar.update(int(mask.sum()))
+    return losses
+
+
+def add_up(losses: Losses, layout: Layout, nats: Floats, batch: data.Batch, width: int) -> None:
+    """Adds nats (b, n) to the blocks and positions that they belong to."""
+    for row in np.flatnonzero(batch.targets_mask.any(1).numpy()):
+        document, position = int(batch.document[row]), int(batch.position[row])
+        block = layout.first[document] + position // width
+        sums = nats[row].reshape(-1, width).sum(1)[: layout.first[document + 1] - block]
+        losses.blocks[block : block + len(sums)] += sums
+        bucket = np.searchsorted(EDGES, position + np.arange(nats.shape[1]), side="right")
+        losses.positions[:] += np.bincount(bucket, weights=nats[row], minlength=len(losses.positions))
+
+
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+
+def bits(nats: Floats, num_bytes: Floats) -> Floats:
+    return np.asarray(nats / math.log(2) / num_bytes)
+
+
+def resampled(values: Iterable[Floats], times: int, seed: int = 0) -> list[Floats]:
+    """Sums of each array over as many units as there are, drawn with replacement: the same units for all. (times,)"""
+    arrays = np.stack(list(values))  # (k, units)
+    random, units = np.random.default_rng(seed), arrays.shape[1]
+    sums = [arrays @ np.bincount(random.integers(0, units, units), minlength=units) for _ in range(times)]
+    return list(np.stack(sums, axis=1))
+
+
+def interval(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def make_table(layout: Layout, losses: dict[str, Losses]) -> str:
+    """Bits per byte of each way with intervals, and what it loses against carrying everything."""
+    num_documents = len(layout.first) - 1
+    unit = "documents" if num_documents >= MANY_DOCUMENTS else "blocks"
+
+    def units(blocks: Floats) -> Floats:
+        if unit == "blocks":
+            return blocks
+        sums = np.concatenate([[0], np.cumsum(blocks)])[layout.first]
+        return np.diff(sums)
+
+    drawn = resampled([units(layout.block_bytes), *(units(way.blocks) for way in losses.values())], 1000)
+    base = bits(drawn[1], drawn[0])
+    lines = [f"{'':14} bits per byte  95 % interval      against carried  95 % interval"]
+    for (name, way), sums in zip(losses.items(), drawn[1:]):
+        value = float(bits(way.blocks.sum(), layout.block_bytes.sum()))
+        low, high = interval(bits(sums, drawn[0]))
+        more = value - float(bits(losses["carried"].blocks.sum(), layout.block_bytes.sum()))
+        least, most = interval(bits(sums, drawn[0]) - base)
+        lines.append(f"{name:14} {value:13.4f}  {low:.4f} ... {high:.4f}  {more:+15.4f}  {least:+.4f} ... {most:+.4f}")
+    lines.append(f"{num_documents:,} documents, {layout.block_bytes.sum():,.0f} bytes; the bootstrap draws {unit}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_documents(path: Path, source: data.Source, layout: Layout, losses: dict[str, Losses]) -> None:
+    """One line a document; intervals from a bootstrap over its blocks."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        parts = ("bits_per_byte", "low", "high")
+        names = [f"{way.replace(' ', '_')}_{part}" for way in losses for part in parts]
+        writer.writerow(["document", "bytes", *names])
+        for index, document in enumerate(source.documents):
+            blocks = slice(layout.first[index], layout.first[index + 1])
+            if blocks.start == blocks.stop:
+                continue
+            sizes, values = layout.block_bytes[blocks], []
+            drawn = resampled([sizes, *(way.blocks[blocks] for way in losses.values())], 200)
+            for way, sums in zip(losses.values(), drawn[1:]):
+                values += [float(bits(way.blocks[blocks].sum(), sizes.sum())), *interval(bits(sums, drawn[0]))]
+            writer.writerow([document.name, document.num_bytes, *(f"{value:.6f}" for value in values)])
+
+
+def write_positions(path: Path, layout: Layout, losses: dict[str, Losses]) -> list[list[Any]]:
+    """One line for each range of positions that some document reaches; returns them."""
+    starts, rows = [0, *EDGES.tolist()], []
+    for index in np.flatnonzero(layout.position_bytes):
+        end = EDGES[index] if index < len(EDGES) else ""
+        values = [float(bits(way.positions[index], layout.position_bytes[index])) for way in losses.values()]
+        rows.append([starts[index], end, round(float(layout.position_bytes[index])), *values])
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["from", "to", "bytes", *(way.replace(" ", "_") for way in losses)])
+        writer.writerows(rows)
+    return rows
+
+
+def draw(path: Path, rows: list[list[Any]], names: list[str], title: str) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is not installed", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    middles = [math.sqrt(max(row[0], 32) * (row[1] or 2 * row[0])) for row in rows]
+    for index, name in enumerate(names):
+        axes.plot(middles, [row[3 + index] for row in rows], "o-", markersize=4, label=name)
+    axes.set(xscale="log", xlabel="position in the document (tokens)", ylabel="bits per byte", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    folder = Path(options.run)
+    model = load_model(folder, options.checkpoint, options.device)
+    source, corpus = load_documents(options, folder)
+    if corpus.num_tokens != model.config.num_tokens:
+        raise ValueError(f"--data gives {corpus.num_tokens} kinds of tokens, the model has {model.config.num_tokens}")
+    layout = lay_out(corpus, model.config.block_width)
+    rows = min(options.rows, corpus.num_documents)
+    losses = {way: read(model, corpus, layout, rows, way) for way in WAYS}
+
+    out = Path(options.out) if options.out else folder / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    table = make_table(layout, losses)
+    (out / "table.txt").write_text(table + "\n")
+    positions = write_positions(out / "positions.csv", layout, losses)
+    write_documents(out / "documents.csv", source, layout, losses)
+    draw(out / "positions.png", positions, list(losses), f"{folder.name}, {options.split}")
+    print(f"{'position':>10}  {'bytes':>12}  " + "  ".join(f"{way:>12}" for way in losses))
+    for start, _, count, *values in positions:
+        print(f"{start:>10,}  {count:>12,}  " + "  ".join(f"{value:12.4f}" for value in values))
+    print(f"\n{table}\n\nwritten to {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        evaluate(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

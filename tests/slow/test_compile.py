@@ -1,0 +1,231 @@
+"""torch.compile(fullgraph=True): the same numbers, no graph break, and nothing compiled anew in the steady state."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same
+from strategies import VOCABULARY, random_model, random_stream
+from torch import Tensor, nn
+
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, RecurrentTrainWrapper, detach
+from block_recurrent_transformer_pytorch.paper import OPTIONS as PAPER
+
+pytestmark = pytest.mark.slow
+
+WIDTH = 4
+BASE = {
+    "num_tokens": VOCABULARY, "dim": 8, "depth": 2, "dim_head": 4, "heads": 2, "ff_dim": 6, "max_seq_len": 2 * WIDTH,
+    "block_width": WIDTH, "recurrent_layers": (1,), "num_state_vectors": 3, "use_flash_attn": True,
+}  # fmt: skip
+PAPER_LIKE = {**PAPER, "qk_norm": "head", "all_layers_qk_rmsnorm": True, "kv_heads": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "compressed": {"use_compressed_mem": True, "compressed_mem_factor": 2},
+    "enhanced": {"enhanced_recurrence": True},
+    "paper": {**PAPER_LIKE, "gate": "lstm", "state_update": "single"},
+    "feedback": {**PAPER_LIKE, "block_feedback": True},
+    "read below write": {"recurrent_layers": (2,), "read_recurrent_layers": (1,), "positions": "dynamic"},
+    "two xl blocks, formula": {"num_xl_blocks": 2, "use_flash_attn": False, "state_update": "dual"},
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+LIMIT = 8  # graphs of one function, after which dynamo gives up
+
+
+class Counting:
+    """A backend that runs graphs as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def nothing_new() -> Any:
+    """A context in which compiling anything is an error."""
+    return torch._dynamo.config.patch(error_on_recompile=True)
+
+
+def model_of(variant: str, **options: Any) -> BlockRecurrentTransformer:
+    return random_model(Config(**{**BASE, **VARIANTS[variant], **options}))
+
+
+def same_tensors(one: Any, other: Any, tolerance: float = 1e-9) -> None:
+    a, b = (torch.utils._pytree.tree_leaves(x) for x in (one, other))
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            assert_same(x, y, tolerance)
+        else:
+            assert x is y or x == y
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def train(model: nn.Module, segments: int, carried: Any = (None, None), seed: int = 0, **options: Any) -> list[Any]:
+    """Losses, gradients and what is carried after each segment."""
+    seen = []
+    for i in range(segments):
+        x = random_stream(2, 2 * WIDTH + 1, seed=seed + i)
+        loss, *carried = model(x, xl_memories=carried[0], states=carried[1], return_loss=True, **options)
+        carried = [detach(value) for value in carried]
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        seen.append((loss.detach(), [g.clone() for g in gradients if g is not None], carried))
+        model.zero_grad()
+    return seen
+
+
+@every_variant
+def test_training(variant):
+    """Segments of two blocks with what the ones before left; once memories are full every step is the same graph."""
+    model, backend = model_of(variant), Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    eager = train(model, 6)
+    first = train(compiled, 4)
+    assert backend.graphs <= 4
+    with nothing_new():
+        rest = train(compiled, 2, first[-1][2], seed=4)
+    same_tensors(first + rest, eager)
+
+
+@pytest.mark.parametrize("variant", ["default", "paper"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_training_with_other_backends(variant, backend):
+    """Whose graphs are checked for changed inputs, and fused."""
+    model = model_of(variant)
+    same_tensors(train(torch.compile(model, fullgraph=True, backend=backend), 3), train(model, 3), 1e-8)
+
+
+def test_training_with_new_documents():
+    """Rows begin anew at a segment's start; their number and place change nothing of the graph."""
+    model, backend = model_of("default"), Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    carried = train(model, 2)[-1][2]
+    graphs = []
+    for rows in ([True, False], [False, False], [True, True]):
+        reset = torch.tensor(rows)
+        same_tensors(train(compiled, 2, carried, reset=reset), train(model, 2, carried, reset=reset))
+        graphs.append(backend.graphs)
+    assert graphs[0] == graphs[-1] <= 3
+
+
+def test_training_with_dropped_memories_and_states():
+    """The wrapper with both rates, compiled and not, from the same generator."""
+
+    def losses(model: nn.Module) -> list[Tensor]:
+        wrapper = RecurrentTrainWrapper(model, 0.5, 0.5, generator=torch.Generator().manual_seed(0)).train()
+        return [loss.detach() for loss in wrapper.segments(random_stream(4, 2 * WIDTH * 6 + 1))]
+
+    model, backend = model_of("default"), Counting()
+    plain = losses(model)
+    twin = copy.deepcopy(model)
+    twin.compile(fullgraph=True, backend=backend)
+    same_tensors(losses(twin), plain)
+    assert 0 < backend.graphs <= 4
+
+
+def test_training_with_recomputation():
+    model = model_of("default", use_checkpointing=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    same_tensors(train(compiled, 3), train(model, 3))
+
+
+def test_training_in_mixed_precision():
+    """Autocast around a compiled model in fp32."""
+    model, backend = model_of("default").float(), Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        same_tensors(train(compiled, 3), train(model, 3), 1e-2)
+
+
+# ------------------------------------------------------------------------------------------------- prefill and decoding
+
+
+@torch.no_grad()
+def decode(model: nn.Module, lengths: list[int], carried: Any = (None, None), seed: int = 0) -> list[Any]:
+    """Logits, memories and states of each call."""
+    seen = []
+    for i, n in enumerate(lengths):
+        out = model(random_stream(2, n, seed=seed + i), xl_memories=carried[0], states=carried[1])
+        seen.append(out)
+        carried = out[1:]
+    return seen
+
+
+@every_variant
+def test_prefill_and_decoding(variant):
+    """Over three boundaries of blocks, and then, all memories being full, over three more without compiling."""
+    model, backend = model_of(variant), Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    prefill, steps, more = [2 * WIDTH + 3], [1] * (3 * WIDTH), [1] * (3 * WIDTH)
+    eager = decode(model, prefill + steps + more)
+    first = decode(compiled, prefill + steps)
+    with nothing_new():
+        rest = decode(compiled, more, first[-1][1:], seed=len(first))
+    same_tensors(first + rest, eager)
+    assert backend.graphs <= 6 < LIMIT
+
+
+@pytest.mark.parametrize("variant", ["default", "paper"])
+def test_decoding_with_inductor(variant):
+    model = model_of(variant)
+    compiled = torch.compile(model, fullgraph=True)
+    lengths = [2 * WIDTH + 3] + [1] * (3 * WIDTH)
+    same_tensors(decode(compiled, lengths), decode(model, lengths), 1e-8)
+
+
+def test_decoding_from_nothing():
+    """One token at a time from the beginning of a stream: memories fill as it goes."""
+    model, backend = model_of("compressed"), Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    same_tensors(decode(compiled, [1] * (5 * WIDTH)), decode(model, [1] * (5 * WIDTH)))
+    assert backend.graphs < LIMIT
+
+
+def test_prompts_of_several_lengths():
+    model, backend = model_of("default"), Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for n in (1, 3, WIDTH, 2 * WIDTH, 2 * WIDTH + 1, 3 * WIDTH - 1):
+        same_tensors(decode(compiled, [n]), decode(model, [n]))
+    assert backend.graphs < LIMIT
+
+
+def test_generating_with_a_compiled_model():
+    """`model.compile()` compiles what `generate` calls; its greedy tokens are those of the model as it is."""
+    model, backend = model_of("default"), Counting()
+    prompt = random_stream(2, 2 * WIDTH + 3)
+    plain = model.generate(prompt, max_new_tokens=6 * WIDTH, temperature=0)
+    twin = copy.deepcopy(model).train()
+    twin.compile(fullgraph=True, backend=backend)
+    assert torch.equal(twin.generate(prompt, max_new_tokens=6 * WIDTH, temperature=0), plain)
+    assert 0 < backend.graphs <= 6
+    assert twin.training
+    graphs = backend.graphs
+    assert torch.equal(twin.generate(prompt, max_new_tokens=6 * WIDTH, temperature=0), plain)
+    assert backend.graphs == graphs
+
+
+def test_ragged_rows_run_compiled_with_breaks():
+    """Where rows stand at different places, data is read; without fullgraph it works all the same."""
+    model = model_of("default")
+    compiled = torch.compile(model, backend="eager")
+    seen = []
+    with torch.no_grad():
+        for call in (model, compiled):
+            _, memories, states = call(random_stream(2, 9), lengths=torch.tensor([9, 2]))
+            seen.append(call(random_stream(2, 3, seed=1), xl_memories=memories, states=states)[0])
+    same_tensors(*seen)

@@ -1,0 +1,490 @@
+"""train.py and evaluate.py by their command lines, on tiny sizes: what a run says, keeps, refuses and repeats.
+
+Most runs are in this process (`train.main`), which is the command without starting Python; the first test starts it.
+Kills, several processes and compiling are in tests/slow/test_train_slow.py.
+"""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from block_recurrent_transformer_pytorch import checkpoint  # noqa: E402
+
+SIZES = [
+    *("--dim", "16", "--depth", "2", "--heads", "2", "--dim-head", "8", "--block", "4", "--segment", "16"),
+    *("--states", "3", "--batch", "4", "--steps", "6", "--lr", "0.01", "--warmup", "2", "--valid-batches", "2"),
+    *("--final-batches", "2", "--valid-every", "3", "--checkpoint-every", "2", "--sample", "0", "--preset", "cpu"),
+    *("--device", "cpu"),
+]
+WORDS = ["def", "return", "self", "for", "in", "if", "else", "x", "y", "z", "import", "None", "(", ")", ":", "=", "+"]
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """A folder of short documents of many lengths."""
+    folder, draw = tmp_path_factory.mktemp("documents"), random.Random(0)
+    for number in range(24):
+        words = [draw.choice(WORDS) for _ in range(draw.choice([1, 3, 40, 150]))]
+        (folder / f"{number:02}.txt").write_text(" ".join([str(number), *words]))
+    return folder
+
+
+@pytest.fixture
+def run(documents, tmp_path, capsys, monkeypatch):
+    """run("name", "--flag", ...) trains into tmp_path/name and returns (status, what it printed)."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(train, "draw_curve", lambda folder: None)  # takes longer than the run
+    shared = ["--data", str(documents), "--cache", str(tmp_path / "cache")]
+
+    def start(name, *flags, base=SIZES):
+        status = train.main([*base, *shared, "--out", str(tmp_path / name), *flags])
+        out = capsys.readouterr()
+        return status, out.out + out.err
+
+    return start
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [line["loss"] for line in metrics(folder)]
+
+
+def same_bytes(one, other):
+    """The last checkpoints of two runs, file by file; and what they logged."""
+    last, same = checkpoint.checkpoints(one / "checkpoints")[-1], checkpoint.checkpoints(other / "checkpoints")[-1]
+    assert last.name == same.name
+    for file in sorted(path.name for path in last.iterdir()):
+        assert (last / file).read_bytes() == (same / file).read_bytes(), file
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C during this step of the next run."""
+    whole = train.train_step
+
+    def interrupted(run):
+        if run.step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(run)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+
+def test_the_command_line(documents, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--steps", "4", "--data", str(documents),
+               "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--threads", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert "24 documents" in done.stdout and "parameters" in done.stdout and ">>>" in done.stdout
+    assert "tokens/s" in done.stderr and "bits/byte" in done.stderr
+    final = metrics(tmp_path / "run")[-1]["valid_bits_per_byte"]
+    assert lines[-1] == f"validation: {final:.4f} bits per byte"
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_run_leaves(run, tmp_path):
+    status, text = run("a", "--sample", "5")
+    assert status == 0 and "sample" in text
+    told = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert told["options"]["dim"] == 16 and told["model"]["dim"] == 16
+    assert told["options"]["precision"] in ("fp32", "bf16")  # what auto was on this machine
+    assert told["versions"]["torch"] == torch.__version__ and "commit" in told
+    lines = metrics(tmp_path / "a")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "valid_bits_per_byte" in line] == [3, 6]
+    assert all(line["bits_per_byte"] == pytest.approx(line["loss"] / math.log(2)) for line in lines)
+    assert len((tmp_path / "a" / "timing.jsonl").read_text().splitlines()) == 6
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "a" / "checkpoints")]
+    assert names == ["step-00000002", "step-00000004", "step-00000006"]
+    assert not list((tmp_path / "a").glob("*.tmp"))
+
+
+def test_two_runs_are_equal_and_a_seed_changes_them(run, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        run(name, "--seed", seed)
+    same_bytes(tmp_path / "a", tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_it_learns(run, tmp_path):
+    run("a", "--steps", "40", "--valid-every", "40", "--checkpoint-every", "40")
+    assert losses(tmp_path / "a")[-1] < losses(tmp_path / "a")[0] - 1.5
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path):
+    status, text = run("a", "--dry-run")
+    assert status == 0 and not (tmp_path / "a").exists()
+    assert all(word in text for word in ("parameters: ", "tokens: ", "memory of activations: ", "6 steps"))
+
+
+# ------------------------------------------------------------------------------------------------- stop and go on
+
+MODES = {
+    "plain": "",
+    "dropout": "--set ff_dropout=0.2 --set attn_dropout=0.1 --memory-dropout 0.3 --state-dropout 0.3",
+    "accumulated": "--accumulate 2",
+    "bptt": "--bptt 2 --step-segments 4",
+    "full": "--bptt full --step-segments 3 --set emb_dropout=0.1",
+    "replay": "--bptt replay --step-segments 3 --set emb_dropout=0.1 --memory-dropout 0.3 --accumulate 2",
+    "adafactor": "--optimizer adafactor --schedule rsqrt",
+    "compressed": "--set use_compressed_mem=true --set compressed_mem_factor=2",
+    "dynamic": "--set positions=dynamic --set gate=lstm --checkpointing --precision bf16",
+}
+
+
+@pytest.mark.parametrize("flags", MODES.values(), ids=MODES)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, flags):
+    run("whole", *flags.split())
+    interrupt_at(monkeypatch, 3)
+    status, text = run("cut", *flags.split())
+    monkeypatch.undo()
+    assert status == 130 and f"--resume {tmp_path / 'cut'}" in text
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3]
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0  # all options come from its folder
+    same_bytes(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_without_a_checkpoint_a_run_begins_anew(run, tmp_path):
+    run("whole")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
+    status, text = run("cut", "--resume")
+    assert status == 0 and "no checkpoint yet" in text
+    same_bytes(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, tmp_path):
+    run("whole")
+    run("cut", "--steps", "6")
+    last = tmp_path / "cut" / "checkpoints" / "step-00000006" / "model.safetensors"
+    last.write_bytes(last.read_bytes()[:-7])
+    status, text = run("cut", "--resume")
+    assert status == 0 and "damaged" in text and str(last) in text and "after step 4" in text
+    same_bytes(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(run, tmp_path, monkeypatch):
+    run("whole")
+    whole = checkpoint.save
+
+    def full(folder, *, step, **rest):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        return whole(folder, step=step, **rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    status, text = run("full")
+    assert status == 0 and "checkpoint of step 4 could not be written" in text and "No space left" in text
+    same_bytes(tmp_path / "whole", tmp_path / "full")
+
+
+def test_a_run_is_made_longer(run, tmp_path):
+    run("a", "--schedule", "constant")
+    status, text = run("a", "--schedule", "constant", "--resume", "--steps", "8")
+    assert status == 0 and [line["step"] for line in metrics(tmp_path / "a")] == list(range(1, 9))
+
+
+# ------------------------------------------------------------------------------------------- what a step computes
+
+
+def test_accumulation_changes_nothing(run, tmp_path):
+    for parts in ("1", "2", "4"):
+        run(parts, "--accumulate", parts, "--precision", "fp64")
+    for parts in ("2", "4"):
+        assert losses(tmp_path / parts) == pytest.approx(losses(tmp_path / "1"), rel=1e-9)
+
+
+def test_replay_is_full_back_propagation_and_truncation_is_not(run, tmp_path):
+    for name, depth in (("full", "full"), ("replay", "replay"), ("short", "1")):
+        run(name, "--bptt", depth, "--step-segments", "4", "--precision", "fp64")
+    assert losses(tmp_path / "replay") == pytest.approx(losses(tmp_path / "full"), rel=1e-10)
+    norms = [[line["grad_norm"] for line in metrics(tmp_path / name)] for name in ("full", "replay", "short")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-9)
+    assert losses(tmp_path / "short")[0] == losses(tmp_path / "full")[0] and norms[2][0] != pytest.approx(norms[0][0])
+
+
+def test_activation_checkpointing_changes_nothing(run, tmp_path):
+    run("a", "--precision", "fp64")
+    run("b", "--precision", "fp64", "--checkpointing")
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "rsqrt"])
+def test_schedules(run, tmp_path, schedule):
+    run("a", "--schedule", schedule, "--lr-end", "0.2")
+    rates = [line["lr"] for line in metrics(tmp_path / "a")]
+    expected = train.optim.schedule(schedule, base=0.01, max_steps=6, warmup=2, end=0.2)
+    assert rates == [expected(step) for step in range(1, 7)]
+
+
+def test_every_option_changes_the_losses(run, tmp_path):
+    options = [
+        "", "--clip 0.01", "--weight-decay 5", "--betas 0.5 0.6", "--memory-dropout 0.9", "--state-dropout 0.9",
+        "--lr-end 1", "--warmup 6", "--optimizer adafactor", "--precision fp16", "--precision bf16", "--set gate=lstm",
+        "--recurrent-layers 2", "--states 5", "--schedule linear", "--lr 0.02", "--heads 4", "--dim-head 4",
+    ]  # fmt: skip
+    seen = set()
+    for number, flags in enumerate(options):
+        status, _ = run(str(number), "--steps", "3", "--precision", "fp32", *flags.split())
+        assert status == 0 and all(math.isfinite(loss) for loss in losses(tmp_path / str(number))), flags
+        seen.add(tuple(losses(tmp_path / str(number))))
+        assert len(seen) == number + 1, flags
+
+
+def test_a_step_without_finite_gradient_is_skipped_and_counted(run, tmp_path, monkeypatch):
+    whole, seen = train.backward, []
+
+    def poisoned(run, part, segments, weight):
+        seen.append([parameter.detach().clone() for parameter in run.model.parameters()])
+        nats = whole(run, part, segments, weight)
+        if run.step == 2:
+            next(run.model.parameters()).grad[0, 0] = math.nan
+        return nats
+
+    monkeypatch.setattr(train, "backward", poisoned)
+    status, text = run("a")
+    assert status == 0 and "1 steps skipped" in text
+    assert [line["skipped"] for line in metrics(tmp_path / "a")] == [0, 0, 1, 1, 1, 1]
+    assert metrics(tmp_path / "a")[2]["grad_norm"] is None
+    assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[3]))  # the third step moved nothing
+    assert not all(torch.equal(a, b) for a, b in zip(seen[3], seen[4]))
+
+
+def test_carried_values_that_are_not_finite_are_dropped(run, tmp_path, monkeypatch):
+    whole = train.backward
+
+    def poisoned(run, part, segments, weight):
+        nats = whole(run, part, segments, weight)
+        if run.step == 2:
+            next(run.model.parameters()).grad[0, 0] = math.nan
+            memories, states = run.carried[part]
+            states.layers[0][0] = math.nan
+        return nats
+
+    monkeypatch.setattr(train, "backward", poisoned)
+    run("a")
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "a"))
+    assert metrics(tmp_path / "a")[-1]["skipped"] == 1
+
+
+def test_a_run_without_any_finite_gradient_ends(run, monkeypatch):
+    monkeypatch.setattr(train, "LONGEST_SKIP", 3)
+    monkeypatch.setattr(train, "backward", lambda run, part, segments, weight: torch.tensor(math.nan))
+    monkeypatch.setattr(train.nn.utils, "get_total_norm", lambda gradients: torch.tensor(math.nan))
+    status, text = run("a")
+    assert status == 1 and "3 steps in a row had no finite gradient" in text and "--lr 0.01" in text
+
+
+def test_loss_scale():
+    scale = train.LossScale(True)
+    scale.update(False)
+    assert scale.value == 2.0**15
+    for _ in range(2000):
+        scale.update(True)
+    assert scale.value == 2.0**16 and scale.streak == 2000
+    off = train.LossScale(False)
+    off.update(False)
+    assert off.value == 1.0
+
+
+# ------------------------------------------------------------------------------------------------- data and options
+
+
+def test_jsonl(run, tmp_path):
+    lines = [json.dumps({"id": n, "body": f"document {n} " * (n % 5 + 1)}) for n in range(30)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    status, text = run("a", "--data", str(tmp_path / "texts.jsonl"), "--text-field", "body")
+    assert status == 0 and "30 documents" in text
+    status, text = run("b", "--data", str(tmp_path / "texts.jsonl"))
+    assert status == 1 and "text_field='text'" in text
+
+
+def test_one_file_becomes_many_rows(run, tmp_path):
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. " * 400)
+    status, text = run("a", "--data", str(tmp_path / "book.txt"))
+    assert status == 0 and "1 documents, 12,800 bytes" in text
+    assert all(line["targets"] == 64 for line in metrics(tmp_path / "a"))  # no row is idle
+
+
+def test_tokenizer(run, tmp_path, documents):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: n for n, word in enumerate(["?", *WORDS])}, "?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    status, _ = run("a", "--tokenizer", str(tmp_path / "tokenizer.json"))
+    line = metrics(tmp_path / "a")[0]
+    assert status == 0 and line["bits_per_byte"] < line["loss"] / math.log(2)  # a token has more than a byte
+
+
+def test_automatic_data_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(train.data, "find_enwik8", lambda: None)
+    monkeypatch.setattr(train.data, "download_enwik8", lambda: None)
+    alone = train.Processes(0, 1, torch.device("cpu"))
+    assert train.choose_data(alone) == "stdlib" and "enwik8 is not in data/" in capsys.readouterr().out
+    monkeypatch.setattr(train.data, "find_enwik8", lambda: Path("data/enwik8.gz"))
+    assert train.choose_data(alone) == "enwik8"
+
+
+def test_options_come_from_presets_files_and_flags(tmp_path):
+    file = tmp_path / "my.json"
+    file.write_text(json.dumps({"preset": "tiny", "dim": 24, "steps": 7, "set": {"gate": "lstm"}, "betas": [0.8, 0.9]}))
+    options = train.parse(["--config", str(file), "--steps", "9", "--set", "num_xl_blocks=2"])
+    assert (options.preset, options.dim, options.steps, options.depth) == ("tiny", 24, 9, 2)
+    assert options.set == {"gate": "lstm", "num_xl_blocks": 2} and options.betas == [0.8, 0.9]
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_presets_build(preset):
+    options = train.parse(["--preset", preset])
+    config = train.model_config(options, 256)
+    assert config.block_width == options.block and config.dim == options.dim
+    assert options.batch % options.accumulate == 0
+
+
+def test_the_options_of_a_run_are_a_config_file(run, tmp_path):
+    run("a")
+    again = ["--config", str(tmp_path / "a" / "config.json"), "--out", str(tmp_path / "b")]
+    assert train.main(again) == 0
+    same_bytes(tmp_path / "a", tmp_path / "b")
+
+
+REFUSED = {
+    "--segment 15": "--segment 15 is not a multiple of --block 4",
+    "--batch 3 --accumulate 2": "--batch 3 cannot be divided into --accumulate 2",
+    "--bptt 2 --step-segments 3": "--step-segments 3 is not a multiple of --bptt 2",
+    "--bptt some": "--bptt",
+    "--steps 0": "--steps: 0 is not at least 1",
+    "--lr nan": "--lr: nan",
+    "--memory-dropout 2": "--memory-dropout 2.0 is above 1",
+    "--betas 0.9 1": "must be below 1",
+    "--set dim=3": "--set dim",
+    "--set dim": "--set: 'dim' is not NAME=VALUE",
+    "--set colour=3": "colour",
+    "--set gate=soft": "gate",
+    "--recurrent-layers 3": "recurrent_layers",
+    "--data nowhere": "nowhere",
+    "--config nowhere.json": "--config: nowhere.json",
+    "--resume nowhere": "--resume nowhere",
+    "--optimizer sgd": "--optimizer",
+    "--device nothing": "nothing",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_refused(run, tmp_path, capsys, flags):
+    try:
+        status, text = run("a", *flags.split())
+    except SystemExit as end:  # argparse
+        status, text = end.code, capsys.readouterr().err
+    assert status and REFUSED[flags] in text, text
+    assert "Traceback" not in text and not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_unknown_names_in_a_config_file_are_refused(tmp_path, capsys):
+    (tmp_path / "my.json").write_text('{"colour": 3}')
+    with pytest.raises(SystemExit):
+        train.parse(["--config", str(tmp_path / "my.json")])
+    assert "--colour" in capsys.readouterr().err
+
+
+def test_a_run_never_overwrites_another(run, tmp_path):
+    run("a")
+    before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    status, text = run("a")
+    assert status == 1 and "is not empty" in text and "--resume" in text
+    with train.locked(tmp_path / "a", train.Processes(0, 1, torch.device("cpu"))):
+        status, text = run("a", "--resume")
+    assert status == 1 and "in use" in text
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_another_model_or_stream_is_refused(run):
+    run("a")
+    for flags, words in ((("--dim", "24"), "other sizes"), (("--batch", "2"), "batch"), (("--seed", "5"), "seed")):
+        status, text = run("a", "--resume", *flags)
+        assert status == 1 and words in text
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation(run, tmp_path, documents, capsys):
+    pytest.importorskip("matplotlib")
+    run("a", "--precision", "fp64")
+    options = ["--split", "all", "--rows", "5", "--data", str(documents), "--documents", "12"]
+    assert evaluate.main([str(tmp_path / "a"), *options]) == 0
+    text, out = capsys.readouterr().out, tmp_path / "a" / "evaluation"
+    assert all(way in text for way in evaluate.WAYS) and (out / "positions.png").read_bytes().startswith(b"\x89PNG")
+    model = evaluate.load_model(tmp_path / "a", "best", "cpu")
+    with (out / "documents.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    for row in rows[:6]:
+        expected = alone(model, Path(row["document"]).read_bytes())
+        found = [float(row[f"{way.replace(' ', '_')}_bits_per_byte"]) for way in evaluate.WAYS]
+        assert found == pytest.approx(expected, abs=2e-6)
+        assert float(row["carried_low"]) <= found[0] + 1e-6 and found[0] <= float(row["carried_high"]) + 1e-6
+    with (out / "positions.csv").open() as file:
+        positions = list(csv.DictReader(file))
+    assert [int(row["from"]) for row in positions[:3]] == [0, 64, 128]
+    total = sum(int(row["bytes"]) for row in positions)
+    assert total == sum(int(row["bytes"]) for row in rows)
+
+
+@torch.no_grad()
+def alone(model, text):
+    """Bits per byte of one document in each of the four ways, block by block."""
+    x, width, found = torch.tensor([[0, *text]]), model.config.block_width, []
+    for keeps_states, keeps_memories in evaluate.WAYS.values():
+        memories = states = None
+        nats = 0.0
+        for start in range(0, len(text), width):
+            part = x[:, start : start + width + 1]
+            loss, memories, states = model(part, xl_memories=memories, states=states, return_loss=True)
+            nats += float(loss) * (part.shape[1] - 1)
+            memories, states = memories if keeps_memories else None, states if keeps_states else None
+        found.append(nats / math.log(2) / len(text))
+    return found
+
+
+def test_the_bootstrap_covers_the_truth():
+    draw = np.random.default_rng(1)
+    inside = 0
+    for seed in range(60):
+        units = draw.normal(2.0, 0.5, 100)
+        low, high = evaluate.interval(evaluate.resampled([units], 200, seed)[0] / 100)
+        inside += low <= 2.0 <= high
+    assert 50 <= inside <= 60
+
+
+@pytest.mark.parametrize("flags", ["nowhere", "RUN --data nowhere", "RUN --split test --data TOKENS"])
+def test_evaluation_refuses(run, tmp_path, capsys, flags):
+    run("a")
+    flags = flags.replace("RUN", str(tmp_path / "a")).replace("TOKENS", str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main(flags.split()) == 1
+    assert "evaluate.py: " in capsys.readouterr().err

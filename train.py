@@ -1,0 +1,1160 @@
+"""Trains a Block-Recurrent Transformer on any text, and goes on exactly where it was stopped.
+
+    python train.py                              # a first model: minutes on a CPU, enwik8's settings on a GPU
+    python train.py --data my_texts/ --preset enwik8 --steps 20000 --out runs/mine
+    python train.py --resume runs/mine           # after Ctrl-C, a crash or a kill: the same run, to the last bit
+    torchrun --nproc-per-node 8 train.py --preset paper-150m --parallel fsdp
+
+A step reads the next segment (or several) of every row of the batch, each row its own document, and the memories and
+states after it are carried to the next step. All rows of a step count as one batch, whatever the number of processes
+and of `--accumulate`: the loss is the sum over the step's targets divided by their number.
+
+What a run leaves in its folder:
+
+    config.json       all options, the git commit, versions         checkpoints/   to go on from: the last and the best
+    metrics.jsonl     one object a step: step, loss, ...            curve.png      the learning curve, with matplotlib
+    timing.jsonl      seconds and tokens/s of the steps             tensorboard/   with tensorboard
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from beartype.roar import BeartypeCallHintViolation
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import block_recurrent_transformer_pytorch as package
+from block_recurrent_transformer_pytorch import (
+    KV,
+    BlockRecurrentTransformer,
+    Config,
+    LayerMemory,
+    Memories,
+    States,
+    checkpoint,
+    data,
+    detach,
+    distributed,
+    forget_rows,
+    optim,
+    paper,
+    replay,
+)
+from block_recurrent_transformer_pytorch.distributed import Processes
+
+SET_BY_FLAGS = {  # options of Config that have a flag of their own, or follow from the data
+    "num_tokens", "max_seq_len", "block_width", "num_state_vectors", "use_checkpointing", "use_flash_attn", "dim",
+    "depth", "heads", "dim_head", "recurrent_layers", "ignore_index",
+}  # fmt: skip
+CARRIED_TYPES = (Memories, LayerMemory, KV, States)
+LONGEST_SKIP = 100  # steps without a finite gradient, one behind the other, that end a run
+
+# ---------------------------------------------------------------------------------------------------------- 1 options
+
+def of_the_paper(size: str) -> dict[str, Any]:
+    """The authors' settings of their best variant, Rec:fixed:skip, for a size of `paper.SIZES`."""
+    model = paper.options(size, "fixed:skip")
+    named = {"dim", "depth", "heads", "dim_head", "recurrent_layers"}
+    flags = {"max_seq_len": "segment", "block_width": "block", "num_state_vectors": "states"}
+    return {
+        **{flags.get(name, name): value for name, value in model.items() if name in named or name in flags},
+        "recurrent_layers": list(model["recurrent_layers"]), "batch": 32, "accumulate": 8, "steps": 500_000,
+        "optimizer": "adafactor", "lr": 1000**-0.5, "schedule": "rsqrt", "warmup": 1000, "clip": 0.0,
+        "valid_every": 1000, "valid_batches": 400, "checkpoint_every": 1000,
+        "set": {k: v for k, v in model.items() if k not in named and k not in flags and k not in SET_BY_FLAGS},
+    }  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {  # seconds: to see that everything works
+        "dim": 32, "depth": 2, "heads": 2, "dim_head": 16, "block": 16, "segment": 64, "states": 8, "batch": 8,
+        "steps": 50, "lr": 3e-3, "warmup": 5, "valid_every": 25, "valid_batches": 4, "final_batches": 16,
+        "checkpoint_every": 25, "sample": 64,
+    },
+    "cpu": {  # three minutes on two cores
+        "dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "block": 64, "segment": 512, "states": 32, "batch": 8,
+        "steps": 700, "lr": 3e-3, "warmup": 50, "valid_every": 200, "valid_batches": 16, "checkpoint_every": 200,
+        "set": {"all_layers_qk_rmsnorm": True},
+    },
+    "enwik8": {  # the settings of train.py in block-recurrent-transformer-pytorch 0.4.4
+        "dim": 512, "depth": 6, "heads": 8, "dim_head": 64, "block": 512, "segment": 1024, "states": 512,
+        "recurrent_layers": [4], "batch": 16, "accumulate": 4, "steps": 100_000, "lr": 2e-4, "warmup": 1000,
+        "valid_every": 500, "valid_batches": 100, "checkpoint_every": 500, "set": {"use_compressed_mem": True},
+    },
+    "paper-150m": of_the_paper("medium_150M"),
+    "paper-650m": of_the_paper("large_600M"),
+    "paper-1.3b": of_the_paper("large_1200M"),
+}  # fmt: skip
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are not decided later."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, [], False) else action.help
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add_run_flags(parser.add_argument_group("the run"))
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_output_flags(parser.add_argument_group("what is measured and kept"))
+    return parser
+
+
+def add_run_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--preset", choices=PRESETS, help="values for what is not given; default enwik8 on a GPU, else cpu")
+    add("--config", metavar="FILE", help="a JSON object of options, named as here with _ for -, or the config.json of "
+        "a run; it goes before the preset and behind the command line")  # fmt: skip
+    add("--out", metavar="DIR", help="folder of the run; default runs/PRESET-DATE")
+    add("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in this folder (or in --out) from its "
+        "last intact checkpoint, with its options; those given here replace them")  # fmt: skip
+    add("--steps", type=positive, default=1000, help="optimizer steps of the whole run")
+    add("--seed", type=natural, default=0, help="of weights, order of documents, dropout and samples")
+    add("--device", help="cpu or cuda; default a GPU where there is one")
+    add("--threads", type=positive, help="threads of each process on the CPU; default torch's choice")
+    add("--dry-run", action="store_true", help="print sizes, tokens and memory, and train nothing")
+
+
+def add_data_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--data", default="auto", help="a file, a folder, a glob pattern (a file is a document), a .jsonl file (a line "
+        "is one), enwik8, stdlib (the Python standard library's source), or auto: enwik8 if it is in data/ or can be "
+        "downloaded, else stdlib")  # fmt: skip
+    add("--text-field", default="text", help="the field of a JSONL line that holds the text")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json of the tokenizers library; default bytes")
+    add("--cache", metavar="DIR", default="data/cache", help="where token ids are kept between runs")
+
+
+def add_model_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--dim", type=positive, default=512, help="width of the model")
+    add("--depth", type=positive, default=6, help="layers")
+    add("--heads", type=positive, default=8, help="query heads")
+    add("--dim-head", type=positive, default=64, help="width of a head")
+    add("--block", type=positive, default=512, help="tokens of a block: the states change once a block")
+    add("--states", type=positive, default=512, help="state vectors of a recurrent layer")
+    add("--recurrent-layers", type=positive, nargs="+", metavar="N", help="layers, from 1, that have a state; default "
+        "the one in the middle")  # fmt: skip
+    add("--set", action="append", default=[], metavar="NAME=VALUE", type=model_option, help="any other option of "
+        "Config, as JSON: --set gate=lstm --set num_xl_blocks=2")  # fmt: skip
+
+
+def add_training_flags(group: Any) -> None:
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add("--batch", type=positive, default=16, help="rows of a step, over all processes")
+    add("--segment", type=positive, default=1024, help="tokens of a row that are read at once, whole blocks")
+    add("--accumulate", type=positive, default=1, help="parts in which a process takes its rows, one behind the other, "
+        "to save memory; the result is the same")  # fmt: skip
+    add("--bptt", type=bptt, default=1, metavar="N|full|replay", help="segments that gradients go through; full: all "
+        "of the step's; replay: all, at the memory of one and 4/3 of the time")  # fmt: skip
+    add("--step-segments", type=positive, help="segments of every row that a step reads; default N of --bptt N, else 8")
+    add("--optimizer", choices=("adamw", "adafactor"), default="adamw", help="adafactor: the authors'")
+    add("--lr", type=not_negative, default=2e-4, help="highest learning rate; adafactor's is relative to the size of "
+        "each parameter")  # fmt: skip
+    add("--schedule", choices=("cosine", "linear", "rsqrt", "constant"), default="cosine", help="of the learning rate")
+    add("--lr-end", type=not_negative, default=0.1, help="share of --lr that is left at the last step (cosine, linear)")
+    add("--warmup", type=natural, default=100, help="steps of the linear rise, at most all steps")
+    add("--betas", type=not_negative, nargs=2, default=[0.9, 0.99], help="of adamw")
+    add("--weight-decay", type=not_negative, default=0.1, help="of adamw, on matrices; norms, gates, state ids and "
+        "initial states do not decay")  # fmt: skip
+    add("--clip", type=not_negative, default=1.0, help="largest norm of the gradient; 0: any")
+    add("--memory-dropout", type=not_negative, default=0.0, help="chance that a row forgets its memories, a segment")
+    add("--state-dropout", type=not_negative, default=0.0, help="chance that a row's states begin anew, a segment")
+    add("--precision", choices=("auto", "fp64", "fp32", "bf16", "fp16"), default="auto", help="bf16 and fp16 by "
+        "autocast; auto: bf16 where the processor multiplies it faster, else fp32")  # fmt: skip
+    add("--checkpointing", action=switch, default=False, help="compute activations again instead of keeping them")
+    add("--compile", action=switch, default=False, help="torch.compile the model")
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun: every process holds all parameters "
+        "(DDP), or a share of them (FSDP2)")  # fmt: skip
+    add("--timeout", type=positive, default=50, help="seconds that a process waits for the others within a step; more "
+        "for --compile")  # fmt: skip
+
+
+def add_output_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--valid-every", type=positive, default=500, help="steps between looks at the validation split")
+    add("--valid-batches", type=positive, default=100, help="batches of one look")
+    add("--final-batches", type=natural, default=0, help="batches of the look after the last step; 0: all")
+    add("--checkpoint-every", type=positive, default=500, help="steps between checkpoints")
+    add("--keep", type=positive, default=3, help="last checkpoints that are kept, beside the best")
+    add("--sample", type=natural, default=400, help="tokens to write at the end; 0: none")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return float(text)
+
+
+def bptt(text: str) -> int | str:
+    return text if text in ("full", "replay") else positive(text)
+
+
+def model_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def parse(argv: list[str], parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The options: defaults, then the preset's, the config file's, those of the run resumed, the command line's."""
+    parser = parser or make_parser()
+    given = parser.parse_args(argv)
+    folder = given.resume or given.out
+    if given.resume is not None and not folder:
+        parser.error("--resume needs the run's folder: --resume DIR, or --out DIR --resume")
+    if given.resume and not Path(given.resume).is_dir():
+        parser.error(f"--resume {given.resume}: there is no such folder")
+    read: list[str] = []
+    if given.config:
+        read += as_flags(read_options(parser, "--config", Path(given.config)))
+    options_of_run: dict[str, Any] = {}
+    if given.resume is not None and (Path(folder) / "config.json").exists():
+        options_of_run = read_options(parser, "--resume", Path(folder) / "config.json")
+        read += as_flags(options_of_run)
+    if given.preset and options_of_run.get("preset", given.preset) != given.preset:
+        parser.error(f"--preset {given.preset}: the run in {folder} has the preset {options_of_run['preset']}")
+    preset = parser.parse_args(read + argv).preset or ("enwik8" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args([*as_flags(PRESETS[preset]), *read, *argv])
+    options.preset, options.out, options.resume = preset, folder, given.resume is not None
+    options.set = dict(options.set)
+    check(options, parser)
+    return options
+
+
+def read_options(parser: argparse.ArgumentParser, flag: str, path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        values = values.get("options", values)
+        return dict(values)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        parser.error(f"{flag}: {path} is not a JSON object of options: {error}")
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Options as a command line gives them."""
+    flags = []
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "set":
+            flags += [f"--set={option}={json.dumps(setting)}" for option, setting in value.items()]
+        elif isinstance(value, bool):
+            flags += [flag] if value else [f"--no-{flag[2:]}"]
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        elif value is not None:
+            flags += [f"{flag}={value}"]
+    return flags
+
+
+def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """What flags have to do with each other, and choices that depend on the machine."""
+    if options.step_segments is None:
+        options.step_segments = options.bptt if isinstance(options.bptt, int) else 8
+    if isinstance(options.bptt, int) and options.step_segments % options.bptt:
+        parser.error(f"--step-segments {options.step_segments} is not a multiple of --bptt {options.bptt}")
+    if options.segment % options.block:
+        parser.error(f"--segment {options.segment} is not a multiple of --block {options.block}")
+    for name in ("memory_dropout", "state_dropout", "lr_end"):
+        if getattr(options, name) > 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} is above 1")
+    if max(options.betas) >= 1:
+        parser.error(f"--betas {options.betas} must be below 1")
+    if options.optimizer == "adafactor" and options.parallel == "fsdp" and "WORLD_SIZE" in os.environ:
+        parser.error("--optimizer adafactor needs whole parameters, --parallel fsdp splits them: use adamw, or ddp")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device.split(":")[0] not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        parser.error(f"--device {options.device}: there is no such device here")
+    if options.precision == "auto":
+        options.precision = "bf16" if multiplies_bf16(options.device) else "fp32"
+    if wrong := sorted(SET_BY_FLAGS & set(options.set)):
+        parser.error(f"--set {wrong[0]}: there is a flag for this, or it follows from the data")
+
+
+def multiplies_bf16(device: str) -> bool:
+    if device.startswith("cuda"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
+
+
+# ------------------------------------------------------------------------------------------------------------- 2 a run
+
+
+@dataclass
+class Run:
+    """Everything that a step needs or changes."""
+
+    options: argparse.Namespace
+    processes: Processes
+    folder: Path
+    model: BlockRecurrentTransformer
+    loss: nn.Module  # `Segments` of the model, in DDP where there are several processes
+    optimizer: torch.optim.Optimizer
+    schedule: optim.Schedule
+    train: data.Corpus
+    valid: data.Corpus
+    tokenizer: data.Tokenizer
+    stream: data.DocumentStream
+    generator: torch.Generator  # of the dropout of memories and states; the same in all processes
+    scale: LossScale
+    carried: list[tuple[Memories | None, States | None]]  # for each part of the rows of this process
+    step: int = 0
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_now: int = 0  # those since the last finite one
+    stop: list[int] = field(default_factory=list)  # signals that came
+
+    @property
+    def rows(self) -> int:
+        """Rows of each part."""
+        return int(self.options.batch // (self.processes.size * self.options.accumulate))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return int(self.options.batch * self.options.segment * self.options.step_segments)
+
+
+def say(processes: Processes, text: str) -> None:
+    """Prints, between the lines of a progress bar, in the first process."""
+    if processes.is_first:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def load_data(options: argparse.Namespace, processes: Processes) -> tuple[data.Corpus, data.Corpus, data.Tokenizer]:
+    """Training and validation tokens. The first process downloads and tokenises, then the others read its files."""
+    if options.data == "auto":
+        options.data = processes.share(choose_data(processes))
+    tokenizer = data.FileTokenizer(options.tokenizer) if options.tokenizer else data.ByteTokenizer()
+    corpora = read_data(options, processes, tokenizer) if processes.is_first else None
+    processes.wait()
+    corpora = corpora or read_data(options, processes, tokenizer)
+    train, valid = (corpus.cut(options.batch) for corpus in corpora)
+    return train, valid, tokenizer
+
+
+def choose_data(processes: Processes) -> str:
+    if not processes.is_first:
+        return ""
+    if data.find_enwik8() or data.download_enwik8():
+        return "enwik8"
+    say(processes, "enwik8 is not in data/ and cannot be downloaded: training on the Python standard library's source")
+    return "stdlib"
+
+
+def read_data(options: argparse.Namespace, processes: Processes, tokenizer: data.Tokenizer) -> list[data.Corpus]:
+    source = data.load_source(options.data, text_field=options.text_field, progress=processes.is_first)
+    name = f"stdlib of Python {platform.python_version()}" if options.data == "stdlib" else options.data
+    say(processes, f"data: {name}: {source.describe()}")
+    parts = data.split(source)
+    return [data.build_corpus(part, tokenizer, options.cache, progress=processes.is_first) for part in parts[:2]]
+
+
+def model_config(options: argparse.Namespace, num_tokens: int) -> Config:
+    values = {
+        "num_tokens": num_tokens, "dim": options.dim, "depth": options.depth, "heads": options.heads,
+        "dim_head": options.dim_head, "block_width": options.block, "max_seq_len": options.segment,
+        "num_state_vectors": options.states, "use_flash_attn": True, "use_checkpointing": options.checkpointing,
+        "recurrent_layers": options.recurrent_layers,
+    }  # fmt: skip
+    try:
+        return Config.from_dict({**values, **options.set})
+    except BeartypeCallHintViolation as error:
+        raise ValueError(f"--set: {error}") from error
+
+
+def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if options.optimizer == "adafactor":
+        return optim.Adafactor([{"params": group["params"]} for group in groups], lr=options.lr)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
+
+
+def build(options: argparse.Namespace, processes: Processes, folder: Path) -> Run:
+    """A run at its beginning."""
+    if options.batch % (processes.size * options.accumulate):
+        raise ValueError(f"--batch {options.batch} cannot be divided into --accumulate {options.accumulate} parts of "
+                         f"each of {processes.size} processes")  # fmt: skip
+    train, valid, tokenizer = load_data(options, processes)
+    torch.manual_seed(options.seed)  # the same weights in all processes
+    config = model_config(options, train.num_tokens)
+    dtype = torch.float64 if options.precision == "fp64" else torch.float32
+    model = BlockRecurrentTransformer(config).to(device=processes.device, dtype=dtype)
+    groups = optim.parameter_groups(model, options.weight_decay)
+    if processes.size > 1 and options.parallel == "fsdp":
+        groups = shard(model, groups, processes)
+    loss: nn.Module = Segments(torch.compile(model) if options.compile else model)  # type: ignore[arg-type]
+    if processes.size > 1 and options.parallel == "ddp":
+        depth = 1 if options.bptt == "replay" else gradient_depth(options)
+        loss = distributed.replicate(loss, model, depth * options.segment)
+    optimizer = make_optimizer(options, groups)
+    schedule = optim.schedule(options.schedule, base=options.lr, max_steps=options.steps, end=options.lr_end,
+                              warmup=min(options.warmup, options.steps))  # fmt: skip
+    stream = data.DocumentStream(train, batch=options.batch, segment=options.segment, seed=options.seed,
+                                 rank=processes.rank, world=processes.size)  # fmt: skip
+    generator = torch.Generator().manual_seed(options.seed)
+    seed_everything(options.seed, 0, processes)
+    carried: list[tuple[Memories | None, States | None]] = [(None, None)] * options.accumulate
+    return Run(options, processes, folder, model, loss, optimizer, schedule, train, valid, tokenizer, stream, generator,
+               LossScale(options.precision == "fp16"), carried)  # fmt: skip
+
+
+def shard(
+    model: BlockRecurrentTransformer, groups: list[dict[str, Any]], processes: Processes
+) -> list[dict[str, Any]]:
+    """Shards the parameters; the same groups of the optimizer, of the sharded ones."""
+    chosen = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
+    index = {name: chosen[id(parameter)] for name, parameter in model.named_parameters()}
+    distributed.shard(model, processes)
+    names = dict(model.named_parameters())
+    return [{**group, "params": [names[n] for n in names if index[n] == i]} for i, group in enumerate(groups)]
+
+
+def seed_everything(seed: int, step: int, processes: Processes) -> None:
+    """Other random numbers in each process, from the beginning and from each change of the number of processes."""
+    own = int(np.random.SeedSequence([seed, step, processes.rank]).generate_state(1)[0])
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+
+
+# ------------------------------------------------------------------------------------------------------------ 3 a step
+
+
+class Segment(NamedTuple):
+    """The next segment of some rows."""
+
+    x: Tensor  # (b, n + 1) token ids, padding is ignore_index
+    count: int  # targets
+    reset: Tensor | None  # (b,) rows in which a document begins, if any
+    forget: Tensor | None  # (b,) rows that lose their memories, if any
+    reset_states: Tensor  # (b,) rows whose states begin anew
+
+
+class Segments(nn.Module):
+    """The loss of consecutive segments as one graph: what DistributedDataParallel wraps.
+
+    `reset_states` is always given, so that the initial states are always part of the graph and every process has a
+    gradient for the same parameters.
+    """
+
+    def __init__(self, model: BlockRecurrentTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, segments: list[Segment], memories: Memories | None, states: States | None, cut: bool = True
+    ) -> tuple[Tensor, Memories | None, States | None]:
+        """The summed cross-entropy in nats, and memories and states after the last segment, with `cut` detached."""
+        nats = []
+        for part in segments:
+            if memories is not None and part.forget is not None:
+                memories = forget_rows(memories, part.forget)
+            reset = None if memories is None else part.reset
+            loss, memories, states = self.model(
+                part.x, xl_memories=memories, states=states, reset=reset, reset_states=part.reset_states,
+                return_loss=True,
+            )  # fmt: skip
+            nats.append(loss * part.count)
+        if cut:
+            memories, states = memories and detach(memories), states and detach(states)
+        return torch.stack(nats).sum(), memories, states
+
+
+class LossScale:
+    """The factor that keeps small gradients within fp16: halved when one overflows, doubled after 2,000 without."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.value, self.streak, self.enabled = 2.0**16 if enabled else 1.0, 0, enabled
+
+    def update(self, finite: bool) -> None:
+        if not self.enabled:
+            return
+        self.streak = self.streak + 1 if finite else 0
+        if not finite:
+            self.value = max(1.0, self.value / 2)
+        elif self.streak % 2000 == 0:
+            self.value *= 2
+
+
+def autocast(options: argparse.Namespace) -> AbstractContextManager[Any]:
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    kind = torch.device(options.device).type
+    return torch.autocast(kind, types[options.precision]) if options.precision in types else nullcontext()
+
+
+def to_segments(run: Run, batches: list[data.Batch], drops: list[tuple[Tensor, Tensor]], part: slice) -> list[Segment]:
+    """Some rows of the next segments, on the device.
+
+    Whether any row begins a document decides the path of the model, so it is read here, on the CPU, and all processes
+    have to agree: with FSDP they would wait for each other in different layers.
+    """
+    device, segments = run.processes.device, []
+    asked = [float(rows[part].any()) for batch, (forget, _) in zip(batches, drops) for rows in (batch.reset, forget)]
+    agreed = run.processes.sum(*asked)
+    for batch, (forget, reset_states), resets, forgets in zip(batches, drops, agreed[::2], agreed[1::2]):
+        mask = batch.targets_mask[part]
+        x = batch.tokens[part].clone()
+        x[:, 1:].masked_fill_(~mask, run.model.config.ignore_index)
+        segments.append(Segment(
+            x.to(device, non_blocking=True),
+            int(mask.sum()),
+            batch.reset[part].to(device) if resets else None,
+            forget[part].to(device) if forgets else None,
+            reset_states[part].to(device),
+        ))  # fmt: skip
+    return segments
+
+
+def dropped(run: Run, rate: float) -> Tensor:
+    """Which of this process' rows drop something, (b,) bool. Drawn for all rows, so that their number of processes does
+    not matter."""
+    if not rate:
+        return torch.zeros(len(run.stream.rows), dtype=torch.bool)
+    drawn = torch.rand(run.options.batch, generator=run.generator) < rate
+    return drawn[run.stream.rows.start : run.stream.rows.stop]
+
+
+def train_step(run: Run) -> dict[str, Any]:
+    """Reads the step's segments, moves the parameters; returns what is told about it."""
+    options, processes = run.options, run.processes
+    batches = [next(run.stream) for _ in range(options.step_segments)]
+    drops = [(dropped(run, options.memory_dropout), dropped(run, options.state_dropout)) for _ in batches]
+    (targets,) = processes.sum(sum(int(batch.targets_mask.sum()) for batch in batches))
+    num_bytes = sum(run.train.count_bytes(batch) for batch in batches)
+
+    nats = torch.zeros((), dtype=torch.float64, device=processes.device)
+    for part in range(options.accumulate):
+        rows = slice(part * run.rows, (part + 1) * run.rows)
+        segments = to_segments(run, batches, drops, rows)
+        nats += backward(run, part, segments, run.scale.value * processes.size / targets)
+
+    rate = run.schedule(run.step + 1)
+    norm, finite = move(run, rate)
+    total_nats, total_bytes, stop = processes.sum(float(nats), num_bytes, len(run.stop))
+    run.step += 1
+    return {
+        "step": run.step,
+        "loss": total_nats / targets,
+        "bits_per_byte": data.bits_per_byte(total_nats, total_bytes),
+        "targets": int(targets),
+        "lr": rate,
+        "grad_norm": norm if finite else None,
+        "skipped": run.skipped,
+        "epoch": run.stream.epoch,
+        "stop": stop > 0,
+    }
+
+
+def backward(run: Run, part: int, segments: list[Segment], weight: float) -> Tensor:
+    """Adds the gradients of `weight` times the loss of one part of the rows; returns their loss, summed, in nats."""
+    last_part = part == run.options.accumulate - 1
+    if run.options.bptt == "replay":
+        return replayed(run, part, segments, weight, last_part)
+    memories, states = run.carried[part]
+    depth = gradient_depth(run.options)
+    total = torch.zeros((), dtype=torch.float64, device=run.processes.device)
+    for start in range(0, len(segments), depth):
+        is_last = last_part and start + depth >= len(segments)
+        with exchanging(run, is_last):
+            with autocast(run.options):
+                nats, memories, states = run.loss(segments[start : start + depth], memories, states)
+            (nats * weight).backward()
+        total += nats.detach()
+    run.carried[part] = (memories, states)
+    return total
+
+
+class Replayed:
+    """What `replay_backward` needs to know of segments: how to take them apart and to compute one."""
+
+    def __init__(self, run: Run, segments: list[Segment]) -> None:
+        self.run, self.segments, self.device = run, segments, run.processes.device
+
+    def parts(self, x: Any) -> Iterator[tuple[Segment, int, int]]:
+        """Each segment, its targets, and what these are divided by: nothing, so that losses are sums."""
+        return ((segment, segment.count, 1) for segment in self.segments)
+
+    def drops(self, part: Segment) -> tuple[None, None]:
+        return None, None  # drawn already
+
+    def step(self, part: Segment, memories: Any, states: Any, reset: Any, drops: Any) -> tuple[Tensor, Any, Any]:
+        with autocast(self.run.options):
+            nats, memories, states = inner(self.run)([part], memories, states, cut=False)
+        return nats / max(1, part.count), memories, states
+
+
+def replayed(run: Run, part: int, segments: list[Segment], weight: float, is_last: bool) -> Tensor:
+    """`backward` through all segments at the memory of one. DDP's own exchange expects one forward per backward pass,
+    so gradients are averaged here."""
+    if is_sharded(run):
+        run.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+    steps, (memories, states) = Replayed(run, segments), run.carried[part]
+    nats, memories, states = replay.replay_backward(steps, steps, xl_memories=memories, states=states, scale=weight)
+    run.carried[part] = (memories, states)
+    if is_last and isinstance(run.loss, DistributedDataParallel):
+        distributed.average_gradients(run.model.parameters(), run.processes)
+    return nats.double()
+
+
+def is_sharded(run: Run) -> bool:
+    return run.processes.size > 1 and run.options.parallel == "fsdp"
+
+
+def gradient_depth(options: argparse.Namespace) -> int:
+    """Segments that one graph holds."""
+    return int(options.bptt if isinstance(options.bptt, int) else options.step_segments)
+
+
+def exchanging(run: Run, is_last: bool) -> AbstractContextManager[Any]:
+    """Processes exchange gradients in the last backward pass of a step only."""
+    if is_sharded(run):
+        run.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+    elif isinstance(run.loss, DistributedDataParallel) and not is_last:
+        return run.loss.no_sync()
+    return nullcontext()
+
+
+def move(run: Run, rate: float) -> tuple[float, bool]:
+    """Moves the parameters, unless the gradient is not finite; returns its norm before clipping, and whether it was."""
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    scaled = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    finite = math.isfinite(scaled)
+    if finite:
+        scale, length = run.scale.value, scaled / run.scale.value
+        factor = min(1.0, run.options.clip / (length + 1e-6)) / scale if run.options.clip else 1 / scale
+        if factor != 1:
+            torch._foreach_mul_(gradients, factor)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+    else:
+        begin_anew(run)
+    run.skipped += not finite
+    run.skipped_now = 0 if finite else run.skipped_now + 1
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scale.update(finite)
+    return scaled / run.scale.value, finite
+
+
+def begin_anew(run: Run) -> None:
+    """Carried values that are not finite would spoil every later step: if any is, all rows lose theirs."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(run.carried) if isinstance(leaf, Tensor)]
+    spoilt = not all(bool(tensor.isfinite().all()) for tensor in tensors)
+    if run.processes.sum(spoilt)[0]:
+        run.carried = [(None, None)] * run.options.accumulate
+
+
+# ------------------------------------------------------------------------------------------- 4 validation and a sample
+
+
+@contextmanager
+def evaluating(run: Run) -> Iterator[None]:
+    """Without gradients and dropout. The random numbers of training are left as they are."""
+    run.model.eval()
+    with torch.no_grad(), autocast(run.options):
+        yield
+    run.model.train()
+    if is_sharded(run):
+        run.model.reshard()  # type: ignore[operator]
+
+
+def validate(run: Run, num_batches: int | None) -> float:
+    """Bits per byte of the validation split, or of its first batches, with carried memories."""
+    processes, options = run.processes, run.options
+    stream = data.DocumentStream(run.valid, batch=options.batch, segment=options.segment, shuffle=False, repeat=False,
+                                 rank=processes.rank, world=processes.size)  # fmt: skip
+    everything, nothing = slice(None), torch.zeros(len(stream.rows), dtype=torch.bool)
+    nats, num_bytes = torch.zeros((), dtype=torch.float64, device=processes.device), 0.0
+    memories = states = None
+    with evaluating(run):
+        for batch in islice(stream, num_batches):
+            segments = to_segments(run, [batch], [(nothing, nothing)], everything)
+            summed, memories, states = inner(run)(segments, memories, states)
+            nats += summed
+            num_bytes += run.valid.count_bytes(batch)
+    return data.bits_per_byte(*processes.sum(float(nats), num_bytes))
+
+
+def inner(run: Run) -> Any:
+    return run.loss.module if isinstance(run.loss, DistributedDataParallel) else run.loss
+
+
+def write_sample(run: Run) -> str:
+    """The beginning of a validation document, and how the model goes on; to be called by all processes."""
+    document = int(np.argmax(run.valid.lengths))
+    start = run.valid.offsets[document]
+    prompt = torch.tensor(run.valid.tokens[start : start + 64].astype(np.int64), device=run.processes.device)
+    generator = torch.Generator(run.processes.device).manual_seed(run.options.seed)
+    with evaluating(run):
+        new = run.model.generate(prompt[None], max_new_tokens=run.options.sample, temperature=0.8, top_p=0.95,
+                                 generator=generator)  # fmt: skip
+    texts = [run.tokenizer.decode(tokens.tolist()) for tokens in (prompt, new[0])]
+    return f"--- sample (after >>>) ---\n{texts[0]}>>>{texts[1]}\n---"
+
+
+# --------------------------------------------------------------------------------------------- 5 the folder of the run
+
+
+def make_folder(options: argparse.Namespace, processes: Processes) -> Path:
+    """The folder of the run, made by the first process. A new run never goes into the folder of another."""
+    if options.out is None:
+        name = f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        taken = (Path("runs") / name, *(Path("runs") / f"{name}-{number}" for number in range(2, 1000)))
+        options.out = processes.share(next(str(path) for path in taken if not path.exists()))
+    folder = Path(options.out)
+    if processes.share(folder.exists() and any(folder.iterdir())) and not options.resume:
+        raise ValueError(f"--out {folder} is not empty; --resume goes on with the run in it")
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path, processes: Processes) -> Iterator[None]:
+    """Only one run at a time writes to a folder. The lock goes with the process, however it ends."""
+    if not processes.is_first:
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"--out {folder} is in use by a run that has not ended") from error
+        yield
+
+
+def write_config(run: Run) -> None:
+    content = {
+        "options": {**vars(run.options), "resume": None, "config": None, "dry_run": None, "device": None},
+        "model": asdict(run.model.config),
+        "commit": git_commit(),
+        "versions": {
+            "block_recurrent_transformer_pytorch": package.__version__, "torch": str(torch.__version__),
+            "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform(),
+        },
+        "processes": run.processes.size,
+        "threads": torch.get_num_threads(),
+        "corpus": {"train": run.train.fingerprint, "valid": run.valid.fingerprint},
+    }  # fmt: skip
+    temporary = run.folder / "config.json.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(run.folder / "config.json")
+
+
+def git_commit() -> str | None:
+    """The commit of this script, with "+" if files were changed since."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit, changed = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+class Log:
+    """metrics.jsonl, timing.jsonl and TensorBoard; of the first process, silent in the others.
+
+    metrics.jsonl depends on the options alone: two equal runs, or a run that was stopped and went on, write the same.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.files: list[Any] = []
+        self.board: Any = None
+        if not run.processes.is_first:
+            return
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            cut_after(run.folder / name, run.step)
+            self.files.append((run.folder / name).open("a"))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
+        except ImportError:
+            pass
+
+    def write(self, metrics: dict[str, Any], seconds: float) -> None:
+        if not self.files:
+            return
+        speed = {"step": metrics["step"], "seconds": seconds, "tokens_per_second": metrics["targets"] / seconds}
+        for file, values in zip(self.files, (metrics, speed)):
+            print(json.dumps({name: finite(value) for name, value in values.items()}), file=file, flush=True)
+        for name, value in (metrics | speed).items() if self.board else ():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, metrics["step"])
+
+    def sync(self) -> None:
+        for file in self.files:
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in (*self.files, *([self.board] if self.board else [])):
+            file.close()
+
+
+def finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Removes the lines of later steps, and one that was cut off, from a file of a run that goes on after `step`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def draw_curve(folder: Path) -> None:
+    """curve.png from metrics.jsonl: training and validation bits per byte over the steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    steps = [line["step"] for line in lines]
+    bits = np.array([math.nan if line["bits_per_byte"] is None else line["bits_per_byte"] for line in lines])
+    axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
+    width = max(1, len(bits) // 50)
+    smooth = np.convolve(np.nan_to_num(bits), np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training, mean of {width} steps")
+    valid = [(line["step"], line["valid_bits_per_byte"]) for line in lines if "valid_bits_per_byte" in line]
+    if valid:
+        axes.plot(*zip(*valid), "o-", color="tab:orange", label="validation")
+    axes.set(xlabel="step", ylabel="bits per byte", title=folder.name, ylim=(0.9 * np.nanmin(bits), None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "curve.png", dpi=120)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- 6 checkpoints
+
+
+def save(run: Run, metric: float | None) -> bool:
+    """Writes a checkpoint; False if the disk did not take it, and the ones before are as they were."""
+    processes = run.processes
+    names = dict(run.model.named_parameters())
+    model, optimizer = distributed.full_state(run.model), distributed.optimizer_state(names, run.optimizer)
+    own = [(to_cpu(memories), to_cpu(states)) for memories, states in run.carried]
+    carried = [part for parts in processes.gather(own) for part in parts]
+    generators = processes.gather(checkpoint.rng_state({"memory": run.generator}))
+    metadata = {
+        "stream": run.stream.state_dict(),
+        "rng": generators,
+        "loss_scale": [run.scale.value, run.scale.streak],
+        "skipped": [run.skipped, run.skipped_now],
+        "model_config": asdict(run.model.config),
+        "versions": {"torch": str(torch.__version__), "block_recurrent_transformer_pytorch": package.__version__},
+    }
+    written = True
+    if processes.is_first:
+        trees = {"model": model, "optimizer": optimizer, "carried": carried}
+        try:
+            checkpoint.save(run.folder / "checkpoints", tensors=trees, metadata=metadata, step=run.step,
+                            keep=run.options.keep, metric=metric)  # fmt: skip
+        except OSError as error:
+            say(processes, f"the checkpoint of step {run.step} could not be written: {error}")
+            written = False
+    return processes.share(written)
+
+
+def to_cpu(carried: Any) -> Any:
+    if carried is None:
+        return None
+    return torch.utils._pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, carried)
+
+
+def restore(run: Run) -> None:
+    """Goes on from the last intact checkpoint of the folder, on any number of processes; without one, at step 0."""
+    options, processes = run.options, run.processes
+    try:
+        saved = checkpoint.load_latest(run.folder / "checkpoints", types=CARRIED_TYPES)
+    except FileNotFoundError:
+        say(processes, f"{run.folder} holds no checkpoint yet: starting from the beginning")
+        return
+    for reason in saved.skipped:
+        say(processes, f"passed over a damaged checkpoint: {reason}")
+    metadata = saved.metadata
+    if Config.from_dict(metadata["model_config"]).fingerprint != run.model.config.fingerprint:
+        raise ValueError(f"--resume {run.folder}: its model has other sizes or options than those given now")
+    for name in ("batch", "segment", "seed"):
+        if metadata["stream"][name] != getattr(options, name):
+            was, now = metadata["stream"][name], getattr(options, name)
+            raise ValueError(f"--{name} {now}: the run in {run.folder} has {was}")
+    distributed.load_full_state(run.model, saved.tensors["model"])
+    names = dict(run.model.named_parameters())
+    distributed.load_optimizer_state(names, run.optimizer, saved.tensors["optimizer"])
+    run.stream.load_state_dict(metadata["stream"])
+    run.carried = deal(run, saved.tensors["carried"])
+    run.scale.value, run.scale.streak = metadata["loss_scale"]
+    run.skipped, run.skipped_now = metadata["skipped"]
+    run.step = saved.step
+    saved_by = metadata["rng"]
+    if len(saved_by) == processes.size:
+        checkpoint.set_rng_state(saved_by[processes.rank], {"memory": run.generator})
+    else:
+        checkpoint.set_rng_state(saved_by[0], {"memory": run.generator})
+        seed_everything(options.seed, run.step, processes)
+        say(processes, f"saved by {len(saved_by)} processes, going on with {processes.size}: rows are dealt anew")
+    say(processes, f"going on after step {run.step} of {options.steps}, from {saved.path}")
+
+
+def deal(run: Run, parts: list[Any]) -> list[tuple[Memories | None, States | None]]:
+    """This process' share of the rows of a checkpoint. The parts themselves where there are as many as now."""
+    share, size = run.options.accumulate, run.processes.size
+    if parts[0][0] is None:  # `begin_anew` was called after the last step
+        return [(None, None)] * share
+    if len(parts) != share * size:
+        parts = distributed.split_rows(distributed.join_rows(parts), [run.rows] * (share * size))
+    own = parts[run.processes.rank * share : (run.processes.rank + 1) * share]
+    device = run.processes.device
+    return [torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, part) for part in own]
+
+
+# ------------------------------------------------------------------------------------------------------- 7 the run
+
+
+def train(options: argparse.Namespace, processes: Processes) -> int:
+    """A run from its beginning, or from where it was stopped, to its end; returns the exit status."""
+    folder = make_folder(options, processes)
+    with locked(folder, processes):
+        run = build(options, processes, folder)
+        if options.resume:
+            restore(run)
+        if processes.is_first:
+            write_config(run)
+        describe(run)
+        signals = listen(run)
+        log = Log(run)
+        try:
+            complete = loop(run, log)
+        finally:
+            log.close()
+            for number, handler in signals.items():
+                signal.signal(number, handler)
+        if not complete:
+            return 128 + (run.stop[0] if run.stop else signal.SIGINT)
+        finish(run)
+    return 0
+
+
+def loop(run: Run, log: Log) -> bool:
+    """Steps until the last one; False if a signal came before."""
+    options, processes = run.options, run.processes
+    pause = 0.5 if sys.stderr.isatty() else 15
+    bar = tqdm(total=options.steps, initial=run.step, unit="step", disable=not processes.is_first, mininterval=pause)
+    with bar:
+        while run.step < options.steps:
+            began = time.perf_counter()
+            metrics = train_step(run)
+            seconds = time.perf_counter() - began
+            stop, is_last = metrics.pop("stop"), run.step == options.steps
+            valid = None
+            if is_last or run.step % options.valid_every == 0:
+                batches = options.final_batches or None if is_last else options.valid_batches
+                valid = metrics["valid_bits_per_byte"] = validate(run, batches)
+                say(processes, f"step {run.step}: validation {valid:.4f} bits per byte")
+            log.write(metrics, seconds)
+            show(bar, metrics, seconds)
+            if is_last or stop or run.step % options.checkpoint_every == 0:
+                log.sync()
+                if not save(run, valid) and (is_last or stop):
+                    raise OSError(f"the last checkpoint is not written; with more room: {resume_command(run)}")
+            if run.skipped_now >= LONGEST_SKIP:
+                raise ValueError(f"{LONGEST_SKIP} steps in a row had no finite gradient: lower --lr {options.lr}?")
+            if stop and not is_last:
+                say(processes, f"stopped after step {run.step} of {options.steps}; to go on: {resume_command(run)}")
+                return False
+    return True
+
+
+def show(bar: Any, metrics: dict[str, Any], seconds: float) -> None:
+    told = {"loss": f"{metrics['loss']:.3f}", "bits/byte": f"{metrics['bits_per_byte']:.3f}",
+            "tokens/s": f"{metrics['targets'] / seconds:,.0f}"}  # fmt: skip
+    if metrics["skipped"]:
+        told["skipped"] = str(metrics["skipped"])
+    bar.set_postfix(told, refresh=False)
+    bar.update()
+
+
+def listen(run: Run) -> dict[int, Any]:
+    """Ctrl-C and SIGTERM stop the run behind the current step; a second one at once. Returns the handlers before."""
+
+    def stop(number: int, frame: Any) -> None:
+        if run.stop:
+            raise KeyboardInterrupt
+        run.stop.append(number)
+        say(run.processes, "stopping after this step (once more: at once)")
+
+    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def resume_command(run: Run) -> str:
+    start = f"torchrun --nproc-per-node {run.processes.size} " if run.processes.size > 1 else "python "
+    return f"{start}{Path(sys.argv[0]).name} --resume {shlex.quote(str(run.folder))}"
+
+
+def describe(run: Run) -> None:
+    options, processes = run.options, run.processes
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    say(processes, f"model: {parameters:,} parameters; {run.train.total_tokens:,} training tokens, "
+        f"{run.valid.total_tokens:,} for validation; {run.tokens_per_step:,} a step")  # fmt: skip
+    parallel = f", {processes.size} processes ({options.parallel})" if processes.size > 1 else ""
+    say(processes, f"preset {options.preset}: {options.steps} steps, {options.precision} on {processes.device}"
+        f"{parallel}, into {run.folder}; Ctrl-C stops it and it can go on later")  # fmt: skip
+
+
+def finish(run: Run) -> None:
+    """A sample, the learning curve, and the last line."""
+    if run.options.sample:
+        say(run.processes, write_sample(run))
+    if not run.processes.is_first:
+        return
+    draw_curve(run.folder)
+    last = (run.folder / "metrics.jsonl").read_text().splitlines()[-1]
+    valid = json.loads(last)["valid_bits_per_byte"]
+    skipped = f", {run.skipped} steps skipped" if run.skipped else ""
+    epochs = run.step * run.tokens_per_step / run.train.total_tokens
+    say(run.processes, f"done: {run.step} steps, {epochs:.2f} epochs{skipped}; {run.folder}")
+    say(run.processes, f"validation: {valid:.4f} bits per byte")
+
+
+def dry_run(options: argparse.Namespace, processes: Processes) -> int:
+    """Prints what a run would be: sizes, parameters, tokens, memory."""
+    train, valid, _ = load_data(options, processes)
+    config = model_config(options, train.num_tokens)
+    rows = options.batch // (processes.size * options.accumulate)
+    with torch.device("meta"):
+        model = BlockRecurrentTransformer(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    width = 8 if options.precision == "fp64" else 4
+    depth = 1 if options.bptt == "replay" else gradient_depth(options)
+    activations, carried = measure(model, max(1, rows), options.segment)
+    tokens = options.batch * options.segment * options.step_segments
+    share = processes.size if options.parallel == "fsdp" else 1
+    lines = {
+        "model": json.dumps(asdict(config)),
+        "parameters": f"{parameters:,}",
+        "tokens": f"{train.total_tokens:,} for training, {valid.total_tokens:,} for validation",
+        "a step": f"{tokens:,} tokens: {options.batch} rows, {options.step_segments} segments of {options.segment}",
+        "a run": f"{options.steps:,} steps, {options.steps * tokens:,} tokens, "
+                 f"{options.steps * tokens / train.total_tokens:.2f} epochs",
+        "memory of weights": megabytes(parameters * width / share),
+        "memory of gradients and AdamW": megabytes(3 * parameters * width / share),
+        "memory of activations": f"{megabytes(depth * activations * width / 4)} at most, in fp32, for {rows} rows",
+        "memory of what is carried": megabytes(options.accumulate * carried * width / 4),
+    }  # fmt: skip
+    say(processes, "\n".join(f"{name}: {text}" for name, text in lines.items()))
+    return 0
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def measure(model: BlockRecurrentTransformer, rows: int, segment: int) -> tuple[int, int]:
+    """Bytes that the backward pass of a segment keeps, and bytes of memories and states. Nothing is computed."""
+    x = torch.zeros(rows, segment + 1, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        _, memories, states = model(x[:, :-1], logits_to_keep=1)
+    kept: dict[int, Any] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = model(x, xl_memories=memories, states=states, return_loss=True)
+    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    del held
+    leaves = torch.utils._pytree.tree_leaves((memories, states))
+    return activations, sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if argv is None else argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    processes = None
+    try:
+        with distributed.start(options.device, timeout=options.timeout) as processes:
+            return dry_run(options, processes) if options.dry_run else train(options, processes)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        status = 1
+    except KeyboardInterrupt:
+        print("train.py: stopped at once, what was done since the last checkpoint is lost", file=sys.stderr, flush=True)
+        status = 130
+    except RuntimeError as error:
+        if processes is None or processes.size == 1:
+            raise
+        print(f"train.py: process {processes.rank} of {processes.size} ends: {error}\nIf another process died, its own "
+              "message is nearby; --resume goes on from the last checkpoint.", file=sys.stderr, flush=True)  # fmt: skip
+        status = 1
+    if processes is not None and processes.size > 1:
+        os._exit(status)  # an orderly exit would wait for the other processes
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
