@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from beartype import BeartypeConf, beartype
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from . import convert, paper
@@ -121,6 +121,9 @@ class Config:
     use_checkpointing: bool = False  # recompute a layer in the backward pass instead of keeping its activations
 
     def __post_init__(self) -> None:
+        for name in ("ff_mult", "qk_norm_scale"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
         writes = (max(1, self.depth // 2),) if self.recurrent_layers is None else self.recurrent_layers
         derived = {
             "ff_dim": self.ff_dim if self.ff_dim is not None else self._default_ff_dim(),
@@ -147,8 +150,6 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_xl_blocks < 0:
             raise ValueError(f"num_xl_blocks must be at least 0, not {self.num_xl_blocks}")
-        if not (math.isfinite(self.qk_norm_scale) and self.qk_norm_scale > 0):
-            raise ValueError(f"qk_norm_scale must be a positive number, not {self.qk_norm_scale}")
         for name in (f.name for f in fields(self) if f.name.endswith("dropout")):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
@@ -314,12 +315,24 @@ def detach(carried: Carried) -> Carried:
 
 
 def select_rows(carried: Carried, rows: Tensor) -> Carried:
-    """The given rows, (m,) int64, in that order and possibly repeated: beam search, several samples of one prompt."""
+    """The given rows, (m,) int64, in that order and possibly repeated: beam search, several samples of one prompt.
+
+    Raises:
+        ValueError: rows that are no integers, or not among those of `carried`.
+    """
+    batch = next((len(leaf) for leaf in tree_leaves(carried) if isinstance(leaf, Tensor)), None)
+    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rows must be (m,) int64, not {describe(rows)}")
+    if batch and rows.device.type == "cpu" and len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= batch):
+        raise ValueError(f"rows={rows.tolist()} must be from 0 to {batch - 1}")
     return map_tensors(carried, lambda leaf: leaf.index_select(0, rows.to(leaf.device)))
 
 
 def forget_rows(memories: Memories, rows: Tensor) -> Memories:
     """Memories in which `rows`, (b,) bool, hold no complete block any more; the block being filled stays."""
+    batch = len(memories.layers[0].block.k)
+    if rows.shape != (batch,) or rows.dtype != torch.bool:
+        raise ValueError(f"rows must be ({batch},) bool, one for each row of the memories, not {describe(rows)}")
     layers = tuple(
         LayerMemory(zero_rows(layer.xl, rows), layer.block, layer.compressed and zero_rows(layer.compressed, rows))
         for layer in memories.layers
@@ -1166,6 +1179,7 @@ class BlockRecurrentTransformer(nn.Module):
         ValueError: options out of range or that cannot go together.
     """
 
+    @typechecked
     def __init__(self, config: Config | None = None, **options: Any) -> None:
         super().__init__()
         if config is not None and options:
@@ -1237,7 +1251,10 @@ class BlockRecurrentTransformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model = model.to(like.dtype).to_empty(device=like.device)
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:  # torch's word for entries of other names and shapes
+            raise ValueError(str(error)) from error
         return model.eval()
 
     # -- carried values
@@ -1644,14 +1661,19 @@ class BlockRecurrentTransformer(nn.Module):
         if isinstance(prime, list):
             if lengths is not None:
                 raise ValueError("lengths goes with a padded prime, not with a list of prompts")
-            if not prime or any(row.ndim != 1 for row in prime):
-                raise ValueError(f"prime must be a list of 1-D tensors, not of {[describe(row) for row in prime]}")
+            if not prime or any(not isinstance(row, Tensor) or row.ndim != 1 or not len(row) for row in prime):
+                shown = [describe(row) for row in prime]
+                raise ValueError(f"prime must be a list of 1-D tensors of at least one token, not of {shown}")
             lengths = torch.tensor([len(row) for row in prime], device=prime[0].device)
             prime = nn.utils.rnn.pad_sequence(prime, batch_first=True)
         if prime.ndim != 2 or 0 in prime.shape:
             raise ValueError(f"prime must be (b, m) with b >= 1 and m >= 1, not {describe(prime)}")
-        if lengths is not None and (lengths.shape != prime.shape[:1] or int(lengths.min()) < 1):
-            raise ValueError(f"lengths={lengths.tolist()} must be ({len(prime)},), each at least 1")
+        self.check_ids(prime, None, "prime")
+        if lengths is not None:
+            if lengths.shape != prime.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"lengths must be ({len(prime)},) int, one per row of prime, not {describe(lengths)}")
+            if int(lengths.min()) < 1 or int(lengths.max()) > prime.shape[1]:
+                raise ValueError(f"lengths={lengths.tolist()} must be from 1 to the {prime.shape[1]} tokens of prime")
         return prime, lengths
 
     def new_tokens(
@@ -1710,24 +1732,25 @@ class BlockRecurrentTransformer(nn.Module):
             if rows is not None and rows.device != x.device:
                 raise ValueError(f"{name} is on {rows.device}, x is on {x.device}")
         if lengths is not None:
-            if not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.is_floating_point():
+            kinds = (torch.int32, torch.int64)
+            if not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.dtype not in kinds:
                 raise ValueError(f"lengths must be ({batch},) int, one for each row of x, not {describe(lengths)}")
             if int(lengths.min()) < 0 or int(lengths.max()) > n:
                 raise ValueError(f"lengths={lengths.tolist()} must be from 0 to the n={n} tokens of x")
-        if logits_to_keep is not None and not 1 <= logits_to_keep <= n:
+        if logits_to_keep is not None and (not isinstance(logits_to_keep, int) or not 1 <= logits_to_keep <= n):
             raise ValueError(f"logits_to_keep={logits_to_keep} must be from 1 to the n={n} tokens of x")
 
-    def check_ids(self, x: Tensor, ignore: int | None) -> None:
+    def check_ids(self, x: Tensor, ignore: int | None, name: str = "x") -> None:
         if x.is_floating_point() or x.dtype == torch.bool or x.is_complex():
-            raise ValueError(f"x must be token ids (int64), not {describe(x)}")
+            raise ValueError(f"{name} must be token ids (int64), not {describe(x)}")
         if x.device != self.token_emb.weight.device:
-            raise ValueError(f"x is on {x.device}, the model is on {self.token_emb.weight.device}")
+            raise ValueError(f"{name} is on {x.device}, the model is on {self.token_emb.weight.device}")
         if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
             return
         ids = x if ignore is None else x[x != ignore]
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.num_tokens):
             low, high = int(ids.min()), int(ids.max())
-            raise ValueError(f"x holds token ids from {low} to {high}, num_tokens={self.config.num_tokens}")
+            raise ValueError(f"{name} holds token ids from {low} to {high}, num_tokens={self.config.num_tokens}")
 
     def check_memories(self, memories: Memories, batch: int) -> None:
         config = self.config
@@ -1746,8 +1769,14 @@ class BlockRecurrentTransformer(nn.Module):
                 for kv in getattr(memory, name) or ():
                     want = (batch, config.kv_heads, size, config.dim_head)
                     self.check_carried(f"xl_memories, layer {layer}, {name}", kv, want, self.token_emb.weight.dtype)
-        if isinstance(memories.place, int) and not 0 <= memories.place < config.block_width:
-            raise ValueError(f"xl_memories stands at place {memories.place} of a block of {config.block_width}")
+        if not 0 <= memories.blocks <= config.reach:
+            raise ValueError(f"xl_memories counts blocks={memories.blocks}, this model remembers {config.reach}")
+        place = memories.place
+        if isinstance(place, Tensor) and place.shape != (batch,):
+            raise ValueError(f"xl_memories: place must be ({batch},), one for each row of x, not {describe(place)}")
+        for row in [place] if isinstance(place, int) else place.tolist():
+            if not 0 <= row < config.block_width:
+                raise ValueError(f"xl_memories stands at place {row} of a block of {config.block_width}")
 
     def check_states(self, states: States, batch: int) -> None:
         config, dtype = self.config, torch.promote_types(self.token_emb.weight.dtype, torch.float32)
@@ -1756,6 +1785,13 @@ class BlockRecurrentTransformer(nn.Module):
         for cell, state in zip(self.cells, states.layers):
             want = (batch, config.num_state_vectors, config.dim)
             self.check_carried(f"states of layer {cell}", state, want, dtype)
+        if states.views is not None and len(states.views) != len(self.cells):
+            raise ValueError(f"states holds {len(states.views)} views, the model has recurrent_layers={self.cells}")
+        for cell, view in zip(self.cells, states.views or ()):
+            for kv in view:
+                size = (batch, config.kv_heads, config.num_state_vectors, config.dim_head)
+                if tuple(kv.shape) != size:
+                    raise ValueError(f"states, view of layer {cell}: shape {tuple(kv.shape)}, this model needs {size}")
 
     def check_carried(self, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         device = self.token_emb.weight.device
@@ -1809,6 +1845,8 @@ class RecurrentTrainWrapper(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.transformer = transformer
+        if not isinstance(self.model, BlockRecurrentTransformer):
+            raise ValueError(f"transformer must be a BlockRecurrentTransformer, not {type(self.model).__name__}")
         self.config = self.model.config
         for name, rate in (("xl_memories_dropout", xl_memories_dropout), ("state_dropout", state_dropout)):
             if not 0 <= rate <= 1:
@@ -1905,7 +1943,7 @@ class RecurrentTrainWrapper(nn.Module):
     ) -> Tensor | tuple[Tensor, Memories, States]:
         """The mean cross-entropy in nats over all targets of x, (b, n + 1) token ids; one graph for all segments."""
         losses = self.segments(x, xl_memories=xl_memories, states=states, reset=reset)
-        total = torch.zeros((), device=x.device)
+        total: Any = 0.0
         while True:
             try:
                 total = total + next(losses)

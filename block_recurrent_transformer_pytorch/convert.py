@@ -127,6 +127,8 @@ def from_meliad(params: Mapping[str, Any], *, window_length: int) -> tuple[dict[
     Raises:
         ValueError: paths are missing, unknown, or describe something that the code's published settings do not.
     """
+    if window_length < 1:
+        raise ValueError(f"window_length must be at least 1, not {window_length}")
     theirs = Entries({path: torch.as_tensor(array) for path, array in params.items()}, "params")
     depth = 1 + max((int(m[1]) for m in map(re.compile(r"transformer(\d+)/").match, theirs.left) if m), default=-1)
     if depth < 1:

@@ -278,6 +278,22 @@ def test_carried_values_are_pytrees(options: dict, data: st.DataObject) -> None:
     assert all(torch.equal(a, b) for a, b in zip(everything(copy), everything(plain), strict=True))
 
 
+@tries(8)
+@given(OPTIONS, st.data())
+@torch.no_grad()
+def test_what_follows_from_the_rest_can_be_left_out(options: dict, data: st.DataObject) -> None:
+    """Prepared keys of the block being filled, and the projected states, are there for speed alone."""
+    model = random_model(Config(**options))
+    before, after = length(data, model.config), length(data, model.config, 2)
+    tokens = random_stream(2, before + after)
+    _, memories, states = model(tokens[:, :before])
+    layers = tuple(layer._replace(window=None) for layer in memories.layers)
+    expected = model(tokens[:, before:], xl_memories=memories, states=states)
+    out = model(tokens[:, before:], xl_memories=memories._replace(layers=layers), states=states._replace(views=None))
+    for row in range(2):
+        assert_row_is(model, out, row, expected, row)
+
+
 @tries(15)
 @given(OPTIONS, st.booleans(), st.data())
 def test_activation_checkpointing_gives_the_same_gradients(options: dict, training: bool, data: st.DataObject) -> None:
@@ -384,13 +400,19 @@ def test_what_is_carried_never_grows(options: dict, data: st.DataObject) -> None
     width = model.config.block_width
 
     def shapes(memories: Memories, states: States) -> tuple:
-        return [x.shape for x in everything(memories.layers)], [x.shape for x in everything(states.layers)]
+        parts = [(layer.xl, layer.block, layer.compressed) for layer in memories.layers]
+        return [x.shape for x in everything(parts)], [x.shape for x in everything(states.layers)]
 
     memories, states = model.init_memories(2), model.init_states(2)
     expected = shapes(memories, states)
+    derived = None
     for n in data.draw(st.lists(st.integers(1, 3 * width), min_size=1, max_size=5), label="lengths of calls"):
         _, memories, states = model(random_stream(2, n), xl_memories=memories, states=states)
         assert shapes(memories, states) == expected
+        if memories.place:
+            now = [x.shape for x in everything([layer.window for layer in memories.layers], states.views)]
+            derived = derived or now
+            assert now == derived
         numbers = [value for value in tree_flatten((memories, states))[0] if not isinstance(value, Tensor)]
         assert all(0 <= value <= width + model.config.reach for value in numbers if value is not None)
 

@@ -1,0 +1,26 @@
+"""The benchmark's command from end to end, at its tiny sizes and with nothing but this library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.mark.parametrize("start", [["-m", "benchmarks"], ["benchmarks/run.py"]])
+def test_quick_run(tmp_path, start):
+    results = tmp_path / "results.json"
+    names = "train_small,replay,memory,stream,operators,import"
+    command = [sys.executable, *start, "--quick", "--no-install", "--threads", "1", "--only", names]
+    done = subprocess.run([*command, "--results", str(results)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(results.read_text())["figures"]
+    assert sorted(figures) == sorted(names.split(","))
+    for figure in figures.values():
+        assert all(case["entries"]["ours"]["median"] > 0 for case in figure["cases"] if case["entries"])
