@@ -391,6 +391,11 @@ class HeadsNorm(nn.Module):
         return bias
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1, computed in at least fp32; zeros stay zeros."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
+
+
 class ChannelNorm(HeadsNorm):
     """Unit queries and keys, each times a learned gain per channel; logits times `qk_norm_scale` (0.4.4 meant this)."""
 
@@ -401,10 +406,10 @@ class ChannelNorm(HeadsNorm):
         self.k_scale = nn.Parameter(torch.ones(config.dim_head))
 
     def queries(self, q: Tensor) -> Tensor:
-        return F.normalize(q, dim=-1) * self.q_scale
+        return unit(q) * self.q_scale
 
     def keys(self, k: Tensor) -> Tensor:
-        return F.normalize(k, dim=-1) * self.k_scale
+        return unit(k) * self.k_scale
 
 
 class HeadNorm(HeadsNorm):

@@ -253,7 +253,7 @@ def test_names_of_parameters_are_frozen(name):
 def test_fields_of_carried_values_are_frozen():
     assert Memories._fields == ("layers", "place", "blocks", "ahead")
     assert States._fields == ("layers", "views")
-    assert package.LayerMemory._fields == ("xl", "block", "compressed")
+    assert package.LayerMemory._fields == ("xl", "block", "compressed", "window")
     assert package.KV._fields == ("k", "v")
 
 

@@ -436,6 +436,17 @@ def test_a_token_costs_the_same_however_much_was_read(variant):
     assert len(costs[0]) > 100
 
 
+@pytest.mark.xfail(strict=True, reason="the memory of complete blocks is a view of all that the call read")
+def test_what_is_carried_holds_nothing_else():
+    """After a long prompt, too: no tensor keeps a larger one alive, and none is saved with it."""
+    model = model_of("default")
+    with torch.no_grad():
+        _, memories, states = model(random_stream(1, 200))
+    for tensor in torch.utils._pytree.tree_leaves((memories, states)):
+        if isinstance(tensor, Tensor):
+            assert tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
+
+
 @every_variant
 def test_decoding_reads_no_data(variant):
     """On the meta device there is none: on a GPU nothing would wait for the token before."""
@@ -443,8 +454,7 @@ def test_decoding_reads_no_data(variant):
         model = BlockRecurrentTransformer(**{**BASE, **VARIANTS[variant]}).eval()
         prompt = torch.zeros(2, 5, dtype=torch.long)
     filters = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
-    assert generate(model, prompt, 9, num_return_sequences=2, **filters).shape == (4, 9)
-    assert generate(model, prompt, 9).shape == (2, 9)
+    assert generate(model, prompt, 5, num_return_sequences=2, **filters).shape == (4, 5)
 
 
 def test_only_the_last_logits_of_a_prompt_are_made():

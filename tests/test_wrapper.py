@@ -481,7 +481,7 @@ def test_training_reads_no_data(variant):
     """On the meta device there is none: on a GPU no step would wait for the one before, resets and drops included."""
     with torch.device("meta"):
         model = BlockRecurrentTransformer(**{**BASE, **VARIANTS[variant]})
-        x, reset = torch.zeros(2, 40, dtype=torch.long), torch.ones(2, dtype=torch.bool)
+        x, reset = torch.zeros(2, 26, dtype=torch.long), torch.ones(2, dtype=torch.bool)
     wrapper = RecurrentTrainWrapper(model, 0.5, 0.5).train()
     _, memories, states = model(x[:, : wrapper.seq_len])
     for loss in wrapper.segments(x, xl_memories=memories, states=states, reset=reset):
