@@ -79,17 +79,18 @@ def activations(config: Config, tokens: int, precision: str, parameters: int = 0
 
     In values of a token, a layer keeps 8 d (its input twice, what the two norms give and what they multiply, two
     dropout masks), 11 times all heads (keys and values, and once more beside those of the block before; queries raw,
-    normalised and scaled; what attention finds, twice) and the hidden layer. The bias of the positions is kept twice,
-    and its distances, whatever the number of rows. Under autocast the residual stream, the norms and the masks
+    normalised and scaled; what attention finds, twice) and the hidden layer. The bias of the positions is kept once,
+    whatever the number of rows, and its distances once for all layers. Under autocast the residual stream, the norms and the masks
     stay in fp32, each map keeps its input in bf16, and the weights are copied to bf16 once.
     """
     inner, dim, width = config.heads * config.dim_head, config.dim, config.block_width
     layer = {"fp32": 4 * (8 * dim + 11 * inner + config.ff_dim), "bf16": 28 * dim + 22 * inner + 2 * config.ff_dim}
     token = {"fp32": 4 * 9 * inner, "bf16": 2 * 9 * inner + 2 * dim}  # of a recurrent layer: reading and being read
     state = {"fp32": 4 * (6 * dim + 13 * inner), "bf16": 4 * 6 * dim + 2 * 13 * inner}  # of a state vector in a block
-    bias = 2 * width * width * (2 * 4 * config.heads + 8)
+    bias = 2 * width * width * config.heads * (2 if precision == "bf16" else 4)
+    pairs = 2 * width * width * 8  # which distance each query and key have, once for all layers
     cells, blocks = len(config.recurrent_layers), tokens // width
-    total = config.depth * (tokens * layer[precision] + bias) + 4 * 4 * dim * tokens
+    total = config.depth * (tokens * layer[precision] + bias) + pairs + 4 * 4 * dim * tokens
     total += cells * (tokens * token[precision] + blocks * config.num_state_vectors * state[precision])
     return total + (2 * parameters if precision == "bf16" else 0)
 
