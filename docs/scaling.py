@@ -80,8 +80,8 @@ def activations(config: Config, tokens: int, precision: str, parameters: int = 0
     In values of a token, a layer keeps 8 d (its input twice, what the two norms give and what they multiply, two
     dropout masks), 11 times all heads (keys and values, and once more beside those of the block before; queries raw,
     normalised and scaled; what attention finds, twice) and the hidden layer. The bias of the positions is kept once,
-    whatever the number of rows, and its distances once for all layers. Under autocast the residual stream, the norms and the masks
-    stay in fp32, each map keeps its input in bf16, and the weights are copied to bf16 once.
+    whatever the number of rows, and its distances once for all layers. Under autocast the residual stream, the norms
+    and the masks stay in fp32, each map keeps its input in bf16, and the weights are copied to bf16 once.
     """
     inner, dim, width = config.heads * config.dim_head, config.dim, config.block_width
     layer = {"fp32": 4 * (8 * dim + 11 * inner + config.ff_dim), "bf16": 28 * dim + 22 * inner + 2 * config.ff_dim}
