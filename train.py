@@ -99,10 +99,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 1000, "lr": 3e-3, "warmup": 50, "valid_every": 200, "valid_batches": 16, "checkpoint_every": 200,
         "set": {"all_layers_qk_rmsnorm": True},
     },
-    "enwik8": {  # the settings of train.py in block-recurrent-transformer-pytorch 0.4.4
+    "enwik8": {  # sizes, batch and dropouts of train.py in 0.4.4; its rate was 1e-4 throughout
         "dim": 512, "depth": 6, "heads": 8, "dim_head": 64, "block": 512, "segment": 1024, "states": 512,
         "recurrent_layers": [4], "batch": 16, "accumulate": 4, "steps": 100_000, "lr": 2e-4, "warmup": 1000,
-        "valid_every": 500, "valid_batches": 100, "checkpoint_every": 500, "set": {"use_compressed_mem": True},
+        "clip": 0.5, "memory_dropout": 0.1, "state_dropout": 0.1, "valid_every": 500, "valid_batches": 100,
+        "checkpoint_every": 500,
     },
     "paper-150m": of_the_paper("medium_150M"),
     "paper-650m": of_the_paper("large_600M"),

@@ -618,16 +618,18 @@ def attend(
     """softmax(scale q k^T + mask) v. q (b, h, n, e), k and v (b, g, j, e) -> (b, h, n, e).
 
     mask: bool (True where visible) or additive, to be broadcast to (b, h, n, j). A query that sees no key gives zeros.
-    Key/value heads are shared by h / g neighbouring query heads; without a mask these are one long row of queries.
+    Key/value heads are shared by h / g neighbouring query heads: one long row of queries where the mask allows it.
     """
     heads, groups, n = q.shape[1], k.shape[1], q.shape[2]
     v = v.to(q.dtype)
     k = k.to(q.dtype)
     if k.shape[2] == 0:
         return torch.zeros_like(q)
-    if heads != groups and mask is None and not causal:
+    if heads != groups and (mask is None or n == 1) and not causal:
         rows = q.reshape(q.shape[0], groups, -1, q.shape[3])
-        return attend(rows, k, v, scale=scale, dropout=dropout, use_flash=use_flash).view(q.shape)
+        if mask is not None and mask.shape[1] > 1:  # one row for each head
+            mask = mask.view(-1, groups, rows.shape[2], mask.shape[3])
+        return attend(rows, k, v, scale=scale, mask=mask, dropout=dropout, use_flash=use_flash).view(q.shape)
     if heads != groups:
         k, v = (x[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2) for x in (k, v))
     if use_flash:
@@ -665,8 +667,10 @@ def extend(buffer: KV, new: KV, piece: Piece, start: int = 0) -> KV:
     assert piece.counts is not None
     slot = torch.arange(-start, buffer.k.shape[2] - start, device=buffer.k.device) - piece.place[:, None]
     fresh = ((slot >= 0) & (slot < piece.counts[:, None]))[:, None, :, None]
-    index = slot.clamp(0, piece.n - 1)[:, None, :, None].expand_as(buffer.k)  # into the new tokens
-    return KV(*(torch.where(fresh, x.to(old.dtype).gather(2, index), old) for old, x in zip(buffer, new)))
+    if piece.n > 1:
+        index = slot.clamp(0, piece.n - 1)[:, None, :, None].expand_as(buffer.k)  # into the new tokens
+        new = KV(*(x.gather(2, index) for x in new))
+    return KV(*(torch.where(fresh, x.to(old.dtype), old) for old, x in zip(buffer, new)))
 
 
 def windows(stream: Tensor, width: int, step: int, t: int) -> Tensor:
