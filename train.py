@@ -95,8 +95,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "checkpoint_every": 25, "sample": 64,
     },
     "cpu": {  # some minutes on two cores
-        "dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "block": 64, "segment": 512, "states": 32, "batch": 8,
-        "steps": 1000, "lr": 3e-3, "warmup": 50, "valid_every": 200, "valid_batches": 16, "checkpoint_every": 200,
+        "dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "block": 64, "segment": 256, "states": 32, "batch": 8,
+        "steps": 1200, "lr": 3e-3, "warmup": 100, "valid_every": 300, "valid_batches": 32, "checkpoint_every": 300,
         "set": {"all_layers_qk_rmsnorm": True},
     },
     "enwik8": {  # sizes, batch and dropouts of train.py in 0.4.4; its rate was 1e-4 throughout
@@ -1094,6 +1094,7 @@ def dry_run(options: argparse.Namespace, processes: Processes) -> int:
     activations, carried = measure(model, max(1, rows), options.segment)
     tokens = options.batch * options.segment * options.step_segments
     share = processes.size if options.parallel == "fsdp" else 1
+    copies = 3 if options.optimizer == "adamw" else 2  # gradient and averages
     lines = {
         "model": json.dumps(asdict(config)),
         "parameters": f"{parameters:,}",
@@ -1102,7 +1103,7 @@ def dry_run(options: argparse.Namespace, processes: Processes) -> int:
         "a run": f"{options.steps:,} steps, {options.steps * tokens:,} tokens, "
                  f"{options.steps * tokens / train.total_tokens:.2f} epochs",
         "memory of weights": megabytes(parameters * width / share),
-        "memory of gradients and AdamW": megabytes(3 * parameters * width / share),
+        "memory of gradients and optimizer": megabytes(copies * parameters * width / share),
         "memory of activations": f"{megabytes(depth * activations * width / 4)} at most, in fp32, for {rows} rows",
         "memory of what is carried": megabytes(options.accumulate * carried * width / 4),
     }  # fmt: skip
