@@ -343,6 +343,11 @@ def forget_rows(memories: Memories, rows: Tensor) -> Memories:
     return memories._replace(layers=layers, blocks=0, ahead=torch.where(rows, 0, held))
 
 
+def without_windows(memories: Memories) -> Memories:
+    """The same memories, without what follows from the rest of them."""
+    return memories._replace(layers=tuple(layer._replace(window=None) for layer in memories.layers))
+
+
 def per_row(rows: Tensor, like: Tensor) -> Tensor:
     """(b,) as (b, 1, ..., 1), to meet the axes of `like`."""
     return rows.view(-1, *(1,) * (like.ndim - 1))
@@ -528,9 +533,10 @@ class XPos(nn.Module):
         self.tables: Tensor
         self.reset_tables()
 
-    def reset_tables(self) -> None:
-        """Computes the tables anew, on the device and for the type that the buffer has now."""
-        device, dtype = self.tables.device, torch.promote_types(self.tables.dtype, torch.float32)
+    def reset_tables(self, like: Tensor | None = None) -> None:
+        """Computes the tables anew, on the device and for the type of `like`, or that the buffer has now."""
+        like = self.tables if like is None else like
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         even = torch.arange(0, self.dim_head, 2, device=device, dtype=torch.float32)
         frequency = 1.0 / (10000.0 ** (even / self.dim_head))  # fp32 in every model, so that all agree on them
         zeta = (even + 0.4 * self.dim_head) / (1.4 * self.dim_head)
@@ -648,7 +654,12 @@ def attend(
 
 def split_heads(x: Tensor, t: int, heads: int) -> Tensor:
     """(b, t n, h e) -> (b t, h, n, e): blocks go to the batch."""
-    return rearrange(x, "b (t n) (h e) -> (b t) h n e", t=t, h=heads)
+    return x.reshape(x.shape[0] * t, -1, heads, x.shape[2] // heads).transpose(1, 2)
+
+
+def join_heads(x: Tensor, t: int) -> Tensor:
+    """(b t, h, n, e) -> (b, t n, h e)."""
+    return x.transpose(1, 2).reshape(x.shape[0] // t, -1, x.shape[1] * x.shape[3])
 
 
 # --------------------------------------------------------------------------------------------------------- 6 memory
@@ -709,8 +720,8 @@ def remember(
     filled: the block being filled, or whole blocks. stream, queue: [xl ; blocks that are complete now] and
     [compressed ; what they push out of the XL memory, compressed], or None where no block is complete.
     """
-    if stream is None:
-        return memory._replace(block=filled, window=window)
+    if stream is None:  # a window with a graph would end the gradients of what made it wherever it is detached
+        return memory._replace(block=filled, window=None if torch.is_grad_enabled() else window)
     xl, block = newest(stream, memory.xl), KV(*(zeros(x, *x.shape) for x in memory.block))
     compressed = None if queue is None or memory.compressed is None else newest(queue, memory.compressed)
     if isinstance(piece.complete, bool):
@@ -729,7 +740,8 @@ def zeros(like: Tensor, *shape: int) -> Tensor:
 def newest(stream: KV, queue: KV) -> KV:
     """The last entries of a stream, as many as the queue holds, in buffers of their own."""
     width = queue.k.shape[2]
-    return KV(*(x[:, :, x.shape[2] - width :].to(q.dtype) for x, q in zip(stream, queue)))
+    last = (x[:, :, x.shape[2] - width :].to(q.dtype) for x, q in zip(stream, queue))
+    return KV(*(x.clone(memory_format=torch.contiguous_format) for x in last))
 
 
 # ----------------------------------------------------------------------------------------------------------- 7 gates
@@ -821,7 +833,7 @@ class DualUpdate(nn.Module):
 
     def forward(self, state: Tensor, attended: Tensor) -> Tensor:
         state = self.attention(state, attended)
-        hidden = self.hidden(self.norm(state).to(attended.dtype))
+        hidden = self.hidden(self.norm(state.to(self.to_candidate.weight.dtype)))
         new: Tensor = self.gate(state, self.to_candidate(hidden), hidden)
         return new
 
@@ -889,7 +901,7 @@ class RecurrentCell(nn.Module):
         ):
             q = norm.queries(split_heads(to_q(source), 1, self.heads))
             attended.append(attend(q, norm.keys(keys), values, scale=norm.scale, mask=hidden, use_flash=self.use_flash))
-        new: Tensor = self.update(state, torch.cat([rearrange(x, "b h s e -> b s (h e)") for x in attended], dim=-1))
+        new: Tensor = self.update(state, torch.cat([join_heads(x, 1) for x in attended], dim=-1))
         return new
 
     def forward(self, state: Tensor, view: KV, tokens: KV, mask: Tensor | None = None) -> tuple[KV, Tensor]:
@@ -1009,7 +1021,7 @@ class TransformerBlock(nn.Module):
         if t == 1:
             keys = KV(*(x[:, :, pattern.first : pattern.last] for x in keys))
         attended = [self.self_attention(h, keys, pattern, t), *self.read(h, reads, t)]
-        x = x + self.to_out(torch.cat([rearrange(a, "(b t) h n e -> b (t n) (h e)", t=t) for a in attended], dim=-1))
+        x = x + self.to_out(torch.cat([join_heads(a, t) for a in attended], dim=-1))
         x = x + self.feed_forward(x)
         return x, remember(memory, filled, stream, queue, window, piece), state, views
 
@@ -1085,8 +1097,10 @@ def make_pattern(config: Config, piece: Piece, layer: int, rotary: XPos | None, 
     if piece.ahead is not None or not isinstance(place, int):
         mask = seen[pairs] & held_rows(config, piece, keys, xl, compressed)
     elif n > 1 or piece.t > 1:
-        causal = low == 0 and place == 0 and not nearest
-        mask = None if causal else seen[pairs]
+        if low == 0 and place == 0 and not nearest:  # a branch, and no bool kept: `place` may be symbolic
+            causal = True
+        else:
+            mask = seen[pairs]
     first, last = xl + compressed + low, xl + compressed + high
     if rotary is None:
         return Pattern(first, last, distances, seen, pairs, mask, causal, None, None, None)
@@ -1178,6 +1192,11 @@ def init_lecun(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
 
+def renew_tables(model: nn.Module, _: Any) -> None:
+    """After load_state_dict(assign=True) of weights on another device or of another type."""
+    model.rotary.reset_tables(model.token_emb.weight)  # type: ignore[union-attr, operator]
+
+
 class BlockRecurrentTransformer(nn.Module):
     """A language model that carries memories and states along a stream of tokens.
 
@@ -1205,6 +1224,7 @@ class BlockRecurrentTransformer(nn.Module):
             layers = range(1, config.depth + 1)
             remembered = max(config.xl_width(layer) + config.compressed_width(layer) for layer in layers)
             self.rotary = XPos(config.dim_head, remembered, config.block_width)
+            self.register_load_state_dict_post_hook(renew_tables)  # type: ignore[no-untyped-call]
         self.stages = config.stages()
         self.cells = sorted(config.recurrent_layers)  # layers with a state, from 1
         if config.init == "lecun":
@@ -1537,7 +1557,10 @@ class BlockRecurrentTransformer(nn.Module):
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f"x must be token ids (b, n + 1) with n >= 1 when return_loss=True, not {describe(x)}")
         self.check_ids(x, self.config.ignore_index)
-        return x[:, :-1].masked_fill(x[:, :-1] == self.config.ignore_index, 0), x[:, 1:]
+        inputs, targets = x[:, :-1], x[:, 1:].long()
+        if not 0 <= self.config.ignore_index < self.config.num_tokens:
+            inputs = inputs.masked_fill(inputs == self.config.ignore_index, 0)
+        return inputs, targets
 
     # -- generation
 
@@ -1655,7 +1678,7 @@ class BlockRecurrentTransformer(nn.Module):
         alive = torch.ones_like(left, dtype=torch.bool)
         for step in range(max(counts)):
             token = sampler(logits[:, -1], seen, generator).masked_fill(~alive, pad_token)
-            yield token
+            yield token.clone()
             seen.scatter_(1, token[:, None], True)
             alive = alive & ~torch.isin(token, stop) & (left > step + 1)
             if step + 1 == max(counts) or (can_end_early and not alive.any()):
@@ -1871,7 +1894,7 @@ class RecurrentTrainWrapper(nn.Module):
                 f"with segments of {self.seq_len} tokens, blocks of {config.block_width} and gradients cut between "
                 f"segments, {untrained} get no gradient. Use longer segments or detach_segments=False; for "
                 "DistributedDataParallel as it is, find_unused_parameters=True.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .block_recurrent_transformer_pytorch import Memories, RecurrentTrainWrapper, States, detach
+from .block_recurrent_transformer_pytorch import Memories, RecurrentTrainWrapper, States, detach, without_windows
 
 
 class Kept(NamedTuple):
@@ -57,6 +57,7 @@ def replay_backward(
         for part, count, total in wrapper.parts(x):
             kept.append(Kept(part, count, (memories, carried), wrapper.drops(part), Random.now(x.device)))
             loss, memories, carried = wrapper.step(part, memories, carried, None if losses else reset, kept[-1].drops)
+            memories = without_windows(memories)  # as the second pass leaves them
             losses.append(loss * count / total)
     assert memories is not None and carried is not None
     after = detach(memories), detach(carried)

@@ -57,7 +57,8 @@ class Sampler:
             logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = self.filtered(logits / self.temperature)
+        temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
+        logits = self.filtered((logits - logits.amax(-1, keepdim=True)) / temperature)
         # the Gumbel trick: an argmax needs no second pass over the probabilities and no synchronisation
         uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
         noise = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(logits.dtype).tiny)))

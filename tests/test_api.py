@@ -362,10 +362,7 @@ def test_made_on_the_meta_device(name):
     assert same(run(other), run(model))
 
 
-NO_TABLES = pytest.mark.xfail(strict=True, reason="the tables stay on the meta device, where they are empty")
-
-
-@pytest.mark.parametrize("name", [pytest.param("default", marks=NO_TABLES), "paper", "loaded"])
+@pytest.mark.parametrize("name", ["default", "paper", "loaded"])
 def test_weights_assigned_to_a_model_on_the_meta_device(name):
     """`load_state_dict(assign=True)`: the tables of positions are in no state dict."""
     model = random_model(config_of(name)).float()

@@ -58,10 +58,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 # -------------------------------------------------------------------------------------------------------- low precision
 
-NO_LAYER_NORM = pytest.mark.xfail(strict=True, reason="its norm is given an fp32 state beside its bf16 gains")
-
-
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=NO_LAYER_NORM if v == "dual" else ()) for v in VARIANTS])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_bf16_models_are_close(variant):
     """Over 10 blocks. Rounding the weights' products alone costs about 0.5 % in a model of this depth."""
     model, x = small_model(variant), stream(2, 160)
@@ -219,7 +216,7 @@ def test_whole_blocks_are_one_call(variant, calls):
 
 
 HOW = [
-    pytest.param(variant, how, marks=NO_LAYER_NORM if (variant, how) == ("dual", "bf16") else ())
+    (variant, how)
     for variant in VARIANTS
     for how in ("fp32", "bf16", "autocast")
 ]
