@@ -1333,7 +1333,7 @@ class BlockRecurrentTransformer(nn.Module):
 
         Args:
             x: token ids (b, n), n >= 1. With `return_loss` n + 1 of them, of which the last is only a target;
-                `ignore_index` among them is padding: no target, and read as token 0.
+                `ignore_index` among them is no target, and read as token 0 if it is not in the vocabulary.
             xl_memories: what an earlier call returned; None or [] for a fresh start.
             states: likewise. Each may be given without the other.
             reset: (b,) bool, rows in which a new document begins with this call.
