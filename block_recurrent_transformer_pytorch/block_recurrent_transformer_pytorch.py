@@ -143,6 +143,9 @@ class Config:
     def _default_ff_dim(self) -> int:
         return int(self.dim * self.ff_mult * (2 / 3 if self.ff_activation == "geglu" else 1))
 
+    def _normalised_everywhere(self) -> bool:
+        return self.all_layers_qk_rmsnorm or len(self.recurrent_layers) == self.depth
+
     def _check_numbers(self) -> None:
         for name in ("num_tokens", "dim", "depth", "dim_head", "heads", "kv_heads", "ff_dim", "max_seq_len",
                      "block_width", "num_state_vectors", "compressed_mem_factor"):  # fmt: skip
@@ -181,6 +184,9 @@ class Config:
             (self.enhanced_recurrence and not full_memory,
              f"enhanced_recurrence=True needs equal memories in all layers, not xl_layers={self.xl_layers} "
              f"with num_xl_blocks={self.num_xl_blocks}"),
+            (self.enhanced_recurrence and self.qk_norm == "head" and not self._normalised_everywhere(),
+             "enhanced_recurrence=True hands keys down between layers, and qk_norm='head' stores them normalised: "
+             f"all layers must be, with all_layers_qk_rmsnorm=True (recurrent_layers={self.recurrent_layers})"),
             (sliding and self.num_xl_blocks > 1,
              f"attention_window='sliding' looks back one block, num_xl_blocks={self.num_xl_blocks} was given"),
             (sliding and compressed,
@@ -274,7 +280,8 @@ class KV(NamedTuple):
 
 
 class LayerMemory(NamedTuple):
-    """What one layer remembers. Buffers of fixed width; what has not been read yet is zero.
+    """What one layer remembers. Buffers of fixed width; entries for what has not been read yet are never looked at,
+    or are the zeros of `empty_memory="zeros"`.
 
     `window` follows from the others: decoding keeps it so that keys are normalised and rotated once a block.
     """
@@ -1260,7 +1267,7 @@ class BlockRecurrentTransformer(nn.Module):
         options, weights = convert.from_lucidrains(
             state_dict, max_seq_len=max_seq_len, block_width=block_width, read_recurrent_layers=read_recurrent_layers
         )
-        return cls.from_weights(Config(**options), weights)
+        return cls.from_weights(Config(**options), weights, "state_dict")
 
     @classmethod
     @typechecked
@@ -1271,19 +1278,27 @@ class BlockRecurrentTransformer(nn.Module):
         the arrays. Segments of any length; the block is `window_length`.
         """
         options, weights = convert.from_meliad(params, window_length=window_length)
-        return cls.from_weights(Config(**options), weights)
+        return cls.from_weights(Config(**options), weights, "params")
 
     @classmethod
-    def from_weights(cls, config: Config, weights: dict[str, Tensor]) -> BlockRecurrentTransformer:
-        """A model in eval mode with these weights, on their device and of their type."""
+    def from_weights(
+        cls, config: Config, weights: dict[str, Tensor], argument: str = "weights"
+    ) -> BlockRecurrentTransformer:
+        """A model in eval mode with these weights, on their device and of their type; errors speak of `argument`."""
         like = weights["token_emb.weight"]
         with torch.device("meta"):
             model = cls(config)
+        for name, wanted in model.state_dict().items():
+            if name in weights and weights[name].shape != wanted.shape:
+                raise ValueError(
+                    f"{argument}: what becomes {name} has the shape {tuple(weights[name].shape)}, "
+                    f"a model of dim={config.dim} needs {tuple(wanted.shape)}"
+                )
         model = model.to(like.dtype).to_empty(device=like.device)
         try:
             model.load_state_dict(weights)
-        except RuntimeError as error:  # torch's word for entries of other names and shapes
-            raise ValueError(str(error)) from error
+        except RuntimeError as error:  # torch's word for entries that are missing or left over
+            raise ValueError(f"{argument}: {error}") from error
         return model.eval()
 
     # -- carried values
@@ -1773,8 +1788,8 @@ class BlockRecurrentTransformer(nn.Module):
             raise ValueError(f"logits_to_keep={logits_to_keep} must be from 1 to the n={n} tokens of x")
 
     def check_ids(self, x: Tensor, ignore: int | None, name: str = "x") -> None:
-        if x.is_floating_point() or x.dtype == torch.bool or x.is_complex():
-            raise ValueError(f"{name} must be token ids (int64), not {describe(x)}")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be token ids, int64 or int32, not {describe(x)}")
         if x.device != self.token_emb.weight.device:
             raise ValueError(f"{name} is on {x.device}, the model is on {self.token_emb.weight.device}")
         if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .paper import OPTIONS
 
-# --------------------------------------------------------------- block-recurrent-transformer-pytorch 0.4.4 (lucidrain
+# ---------------------------------------------------------------------------- block-recurrent-transformer-pytorch 0.4.4
 
 
 def from_lucidrains(

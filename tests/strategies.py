@@ -76,7 +76,8 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
         "block_feedback": feedback,
         "norm": choose("norm", "layer", "rms"),
         "qk_norm": qk_norm,
-        "all_layers_qk_rmsnorm": qk_norm != "none" and choose("all_layers_qk_rmsnorm", False, True),
+        "all_layers_qk_rmsnorm": qk_norm != "none"
+        and ((enhanced and qk_norm == "head") or choose("all_layers_qk_rmsnorm", False, True)),
         "qk_norm_scale": choose("qk_norm_scale", 8.0, 1.0),
         "tie_embeddings": choose("tie_embeddings", False, True),
         "use_flash_attn": choose("use_flash_attn", True, False),
