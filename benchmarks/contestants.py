@@ -211,7 +211,7 @@ def read_to(model: BlockRecurrentTransformer, position: int, batch: int, ragged:
 def ours_token(
     options: dict[str, Any], position: int, batch: int, ragged: bool = False, use_compile: bool = False
 ) -> Step:
-    """One token after `position` others. Memories are values, so that each call can begin with the same ones."""
+    """One token after `position` others, as `generate` reads it. Each call writes the same token in the same place."""
     model = BlockRecurrentTransformer(**options).to(DEVICE).eval()
     carried = read_to(model, position - 1, batch, ragged)
     token = tokens(options, batch, 1)
@@ -222,7 +222,7 @@ def ours_token(
 
     def step() -> Any:
         with torch.no_grad():
-            return run(token, **carried)
+            return run(token, overwrite=True, **carried)
 
     return step
 

@@ -492,6 +492,7 @@ class Piece(NamedTuple):
     blocks: int  # complete blocks that every row remembers
     ahead: Tensor | None = None  # (b,) blocks that a row remembers beyond these
     counts: Tensor | None = None
+    overwrite: bool = False  # the memories before the piece are given away: new tokens may be written into them
 
     def one_by_one(self) -> list[Piece]:
         """The same piece, a block at a time."""
@@ -679,6 +680,8 @@ def cat_keys(old: Tensor, new: Tensor) -> Tensor:
 
 def extend(buffer: KV, new: KV, piece: Piece, start: int = 0) -> KV:
     """A buffer (b, g, j, e), in which the block begins at `start`, with the new tokens in their places."""
+    if piece.overwrite and piece.n == 1 and is_writable(buffer.k) and is_writable(buffer.v):
+        return overwritten(buffer, new, piece, start)
     if isinstance(piece.place, int):
         start, stop = start + piece.place, start + piece.place + piece.n
         return KV(*(torch.slice_scatter(old, x.to(old.dtype), 2, start, stop) for old, x in zip(buffer, new)))
@@ -689,6 +692,25 @@ def extend(buffer: KV, new: KV, piece: Piece, start: int = 0) -> KV:
         index = slot.clamp(0, piece.n - 1)[:, None, :, None].expand_as(buffer.k)  # into the new tokens
         new = KV(*(x.gather(2, index) for x in new))
     return KV(*(torch.where(fresh, x.to(old.dtype), old) for old, x in zip(buffer, new)))
+
+
+def is_writable(x: Tensor) -> bool:
+    """Whether x has memory of its own for each number, and may be changed here (a compiled graph plans its copies)."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.stride(-1) == 1 and (torch.is_inference_mode_enabled() or not x.is_inference())
+
+
+def overwritten(buffer: KV, new: KV, piece: Piece, start: int) -> KV:
+    """`extend` by one token a row, in the buffer itself; a row that brings none keeps what it has there."""
+    for old, x in zip(buffer, new):
+        if isinstance(piece.place, int):
+            old[:, :, start + piece.place] = x[:, :, 0]
+        else:
+            assert piece.counts is not None
+            index = per_row(start + piece.place, old).expand_as(x)
+            old.scatter_(2, index, torch.where(per_row(piece.counts, old) > 0, x.to(old.dtype), old.gather(2, index)))
+    return buffer
 
 
 def windows(stream: Tensor, width: int, step: int, t: int) -> Tensor:
@@ -1343,6 +1365,7 @@ class BlockRecurrentTransformer(nn.Module):
         return_loss: bool = False,
         return_hidden: bool = False,
         logits_to_keep: int | None = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Memories, States]:
         """Reads tokens where the memories left off.
 
@@ -1358,6 +1381,8 @@ class BlockRecurrentTransformer(nn.Module):
             return_loss: the mean cross-entropy in nats over all targets instead of logits.
             return_hidden: the normalised hidden states (b, n, d) instead of logits.
             logits_to_keep: only the logits of the last tokens of each row, so many.
+            overwrite: `xl_memories` are given away, and a single token may be written into them instead of into a
+                copy; they must not be used again. For decoding, without gradients.
 
         Returns:
             Logits (b, n, v), memories and states after the last token. They hold the graph: `detach` them between the
@@ -1376,6 +1401,10 @@ class BlockRecurrentTransformer(nn.Module):
         states = states or self.init_states(batch)
         memories, states = self.reset_rows(memories, states, reset, reset_states)
         pieces, (place, blocks, ahead) = self.pieces(n, memories, lengths)
+        if overwrite:
+            if torch.is_grad_enabled():
+                raise ValueError("overwrite=True goes without gradients: call the model under torch.no_grad()")
+            pieces = [piece._replace(overwrite=True) for piece in pieces]
 
         hidden, layers, states = self.read(self.emb_dropout(self.token_emb(x)), memories, states, pieces)
         memories = Memories(layers, place, blocks, ahead)
@@ -1700,7 +1729,9 @@ class BlockRecurrentTransformer(nn.Module):
                 break
             lengths = alive.long() if can_end_early and not alive.all() else None
             with evaluating(self):
-                logits, memories, carried = self(token[:, None], xl_memories=memories, states=carried, lengths=lengths)
+                logits, memories, carried = self(
+                    token[:, None], xl_memories=memories, states=carried, lengths=lengths, overwrite=True
+                )
         return memories, carried
 
     def prompts(self, prime: Tensor | list[Tensor], lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -224,6 +224,7 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "states for memories": (forward(xl_memories=STATES), ("xl_memories", "Memories", "States")),
     "bytes as uint8": (lambda: small_model()(TOKENS.to(torch.uint8)), ("x", "int64", "torch.uint8 (2, ")),
     "ids as int16": (lambda: small_model()(TOKENS.to(torch.int16)), ("x", "int64", "torch.int16 (2, ")),
+    "overwrite with gradients": (forward(overwrite=True), ("overwrite=True", "gradients")),
     "memories for states": (forward(states=MEMORIES), ("states", "States", "Memories")),
     "a tuple for memories": (forward(xl_memories=(1, 2)), ("xl_memories", "Memories", "tuple")),
     "an empty tuple for memories": (forward(xl_memories=()), ("xl_memories", "Memories", "tuple")),

@@ -540,6 +540,49 @@ def test_states_and_memories_matter(part: str) -> None:
 # ----------------------------------------------------------------------------------------------- what a call can return
 
 
+@tries(20)
+@given(OPTIONS, st.booleans(), st.data())
+@torch.no_grad()
+def test_memories_given_away_serve_as_well(options: dict, is_ragged: bool, data: st.DataObject) -> None:
+    """Tokens written into the buffers of the memories: the numbers are those of copies, over boundaries of blocks."""
+    model, batch, steps = random_model(Config(**options)), 2, 2 * options["block_width"] + 3
+    x, start = random_stream(batch, 4), torch.tensor(data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=2)))
+    _, *copied = model(x, lengths=start if is_ragged else None)
+    overwritten = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, copied)
+    for token in random_stream(batch, steps, seed=1).split(1, dim=1):
+        brings = torch.tensor([1, data.draw(st.integers(0, 1))]) if is_ragged else None
+        given = overwritten[0].layers[0].block.k
+        expected, *copied = model(token, xl_memories=copied[0], states=copied[1], lengths=brings)
+        got, *overwritten = model(
+            token, xl_memories=overwritten[0], states=overwritten[1], lengths=brings, overwrite=True
+        )
+        assert torch.equal(got, expected)
+        assert all(torch.equal(one, other) for one, other in zip(tensors(overwritten), tensors(copied)))
+        if options["block_width"] > 1 and isinstance(overwritten[0].place, int) and overwritten[0].place > 1:
+            assert overwritten[0].layers[0].block.k is given  # and no copy was made
+
+
+def tensors(carried: object) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(carried)[0] if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_generation_leaves_the_memories_it_begins_with(is_ragged: bool) -> None:
+    sizes = {"num_tokens": VOCABULARY, "dim": 8, "depth": 2, "dim_head": 4, "heads": 2, "max_seq_len": 4}
+    model = random_model(Config(**sizes, block_width=4))
+    lengths = torch.tensor([3, 1]) if is_ragged else None
+    _, memories, states = model(random_stream(2, 6), lengths=lengths)
+    _, memories, states = model(random_stream(2, 1), xl_memories=memories, states=states)  # with prepared keys
+    before = [leaf.clone() for leaf in tensors((memories, states))]
+    out = [
+        model.generate(random_stream(2, 1), max_new_tokens=9, temperature=0.0, xl_memories=memories, states=states)
+        for _ in range(2)
+    ]
+    assert torch.equal(*out)
+    assert all(torch.equal(one, other) for one, other in zip(before, tensors((memories, states))))
+
+
 @tries(12)
 @given(OPTIONS, st.data())
 @torch.no_grad()
