@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import math
 import sys
@@ -41,7 +42,9 @@ WAYS = {  # name: (states are carried, memories are carried)
     "no XL memory": (True, False),
     "neither": (False, False),
 }
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EDGES = 64 * 2 ** np.arange(15)  # positions 64 ... 1,048,576
+MOST_LOGITS = 2**27  # of a call: rows, tokens and vocabulary multiplied
 MANY_DOCUMENTS = 10  # from so many on, documents are what the bootstrap draws; below, blocks
 
 
@@ -62,18 +65,26 @@ class Layout(NamedTuple):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="evaluate.py DIR [options]", allow_abbrev=False
+    )
     add = parser.add_argument
     add("run", metavar="DIR", help="folder of the run")
     add("--checkpoint", choices=("best", "last"), default="best", help="which of the run; best: in validation")
     add("--data", help="as of train.py; default the run's own")
     add("--split", choices=("valid", "test", "all"), default="valid", help="part of the data")
-    add("--documents", type=int, metavar="N", help="the first N documents only")
-    add("--rows", type=int, default=16, help="documents that are read side by side")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--threads", type=int, help="threads on the CPU; default torch's choice")
+    add("--documents", type=positive, metavar="N", help="the first N documents only")
+    add("--rows", type=positive, default=16, help="documents that are read side by side")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help="what computes")
+    add("--threads", type=positive, help="threads on the CPU; default torch's choice")
     add("--out", metavar="DIR", help="where to write; default evaluation in the run's folder")
     return parser
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -96,9 +107,10 @@ def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransform
 
 def load_documents(options: argparse.Namespace, folder: Path) -> tuple[data.Source, data.Corpus]:
     try:
-        trained = json.loads((folder / "config.json").read_text())["options"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"run {folder}: its config.json cannot be read: {error}") from error
+        trained = json.loads((folder / "config.json").read_bytes())["options"]
+        trained = {name: trained[name] for name in ("data", "text_field", "tokenizer", "cache")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"run {folder}: its config.json cannot be read: {type(error).__name__}: {error}") from error
     source = data.load_source(options.data or trained["data"], text_field=trained["text_field"])
     if options.split != "all":
         source = getattr(data.split(source), options.split)
@@ -126,7 +138,10 @@ def read(model: BlockRecurrentTransformer, corpus: data.Corpus, layout: Layout, 
     """Reads all documents in one of WAYS. Calls are whole blocks, so that to carry nothing is to begin anew."""
     keeps_states, keeps_memories = WAYS[way]
     width, device = model.config.block_width, model.token_emb.weight.device
-    count = max(1, model.config.max_seq_len // width) if keeps_states and keeps_memories else 1
+    count = 1
+    if keeps_states and keeps_memories:
+        most = MOST_LOGITS // (rows * width * model.config.num_tokens)
+        count = max(1, min(model.config.max_seq_len // width, most))
     stream = data.DocumentStream(corpus, batch=rows, segment=count * width, shuffle=False, repeat=False)
     losses = Losses(np.zeros(len(layout.block_bytes)), np.zeros(len(EDGES) + 1))
     memories = states = None
@@ -203,7 +218,7 @@ def make_table(layout: Layout, losses: dict[str, Losses]) -> str:
 
 def write_documents(path: Path, source: data.Source, layout: Layout, losses: dict[str, Losses]) -> None:
     """One line a document; intervals from a bootstrap over its blocks."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names of files are bytes
         writer = csv.writer(file)
         parts = ("bits_per_byte", "low", "high")
         names = [f"{way.replace(' ', '_')}_{part}" for way in losses for part in parts]
@@ -256,16 +271,16 @@ def draw(path: Path, rows: list[list[Any]], names: list[str], title: str) -> Non
 
 def evaluate(options: argparse.Namespace) -> None:
     folder = Path(options.run)
+    out = Path(options.out) if options.out else folder / "evaluation"
     model = load_model(folder, options.checkpoint, options.device)
     source, corpus = load_documents(options, folder)
     if corpus.num_tokens != model.config.num_tokens:
         raise ValueError(f"--data gives {corpus.num_tokens} kinds of tokens, the model has {model.config.num_tokens}")
     layout = lay_out(corpus, model.config.block_width)
     rows = min(options.rows, corpus.num_documents)
+    out.mkdir(parents=True, exist_ok=True)
     losses = {way: read(model, corpus, layout, rows, way) for way in WAYS}
 
-    out = Path(options.out) if options.out else folder / "evaluation"
-    out.mkdir(parents=True, exist_ok=True)
     table = make_table(layout, losses)
     (out / "table.txt").write_text(table + "\n")
     positions = write_positions(out / "positions.csv", layout, losses)
@@ -278,6 +293,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     options = make_parser().parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)

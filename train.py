@@ -3,7 +3,7 @@
     python train.py                              # a first model: minutes on a CPU, enwik8's settings on a GPU
     python train.py --data my_texts/ --preset enwik8 --steps 20000 --out runs/mine
     python train.py --resume runs/mine           # after Ctrl-C, a crash or a kill: the same run, to the last bit
-    torchrun --nproc-per-node 8 train.py --preset paper-150m --parallel fsdp
+    torchrun --nproc-per-node 8 train.py --preset paper-150m --accumulate 1
 
 A step reads the next segment (or several) of every row of the batch, each row its own document, and the memories and
 states after it are carried to the next step. All rows of a step count as one batch, whatever the number of processes
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import json
 import math
 import os
@@ -43,6 +44,7 @@ import numpy as np
 import torch
 from beartype.roar import BeartypeCallHintViolation
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -70,6 +72,7 @@ SET_BY_FLAGS = {  # options of Config that have a flag of their own, or follow f
     "depth", "heads", "dim_head", "recurrent_layers", "ignore_index",
 }  # fmt: skip
 CARRIED_TYPES = (Memories, LayerMemory, KV, States)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LONGEST_SKIP = 100  # steps without a finite gradient, one behind the other, that end a run
 
 # ---------------------------------------------------------------------------------------------------------- 1 options
@@ -120,8 +123,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False
-    )
+        description=__doc__.splitlines()[0], usage="train.py [options]", formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     add_run_flags(parser.add_argument_group("the run"))
     add_data_flags(parser.add_argument_group("data"))
     add_model_flags(parser.add_argument_group("model"))
@@ -140,7 +144,7 @@ def add_run_flags(group: Any) -> None:
         "last intact checkpoint, with its options; those given here replace them")  # fmt: skip
     add("--steps", type=positive, default=1000, help="optimizer steps of the whole run")
     add("--seed", type=natural, default=0, help="of weights, order of documents, dropout and samples")
-    add("--device", help="cpu or cuda; default a GPU where there is one")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help="what computes; on a GPU every process takes its own")
     add("--threads", type=positive, help="threads of each process on the CPU; default torch's choice")
     add("--dry-run", action="store_true", help="print sizes, tokens and memory, and train nothing")
 
@@ -246,14 +250,17 @@ def parse(argv: list[str], parser: argparse.ArgumentParser | None = None) -> arg
     """The options: defaults, then the preset's, the config file's, those of the run resumed, the command line's."""
     parser = parser or make_parser()
     given = parser.parse_args(argv)
+    read: list[str] = []
+    if given.config:
+        read += as_flags(read_options(parser, "--config", Path(given.config)))
+        given = parser.parse_args([*read, *argv])
     folder = given.resume or given.out
     if given.resume is not None and not folder:
         parser.error("--resume needs the run's folder: --resume DIR, or --out DIR --resume")
     if given.resume and not Path(given.resume).is_dir():
         parser.error(f"--resume {given.resume}: there is no such folder")
-    read: list[str] = []
-    if given.config:
-        read += as_flags(read_options(parser, "--config", Path(given.config)))
+    if given.resume and given.out and Path(given.resume) != Path(given.out):
+        parser.error(f"--resume {given.resume}: the run goes on in its folder, not in --out {given.out}")
     options_of_run: dict[str, Any] = {}
     if given.resume is not None and (Path(folder) / "config.json").exists():
         options_of_run = read_options(parser, "--resume", Path(folder) / "config.json")
@@ -269,12 +276,20 @@ def parse(argv: list[str], parser: argparse.ArgumentParser | None = None) -> arg
 
 
 def read_options(parser: argparse.ArgumentParser, flag: str, path: Path) -> dict[str, Any]:
+    """The options in a JSON file, or in the config.json of a run. Their values are checked as those of flags."""
     try:
-        values = json.loads(path.read_text())
-        values = values.get("options", values)
-        return dict(values)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        parser.error(f"{flag}: {path} is not a JSON object of options: {error}")
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        parser.error(f"{flag}: {path} cannot be read: {error}")
+    values = values.get("options", values) if isinstance(values, dict) else values
+    if not isinstance(values, dict):
+        parser.error(f"{flag}: {path} is not a JSON object of options")
+    if not isinstance(values.get("set", {}), dict):
+        parser.error(f"{flag}: {path} gives no JSON object for set")
+    known = set(vars(parser.parse_args([]))) - {"config"}
+    if unknown := sorted(name for name, value in values.items() if name not in known and value is not None):
+        parser.error(f"{flag}: {path} has the unknown option {unknown[0]!r}")
+    return values
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
@@ -308,13 +323,16 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--betas {options.betas} must be below 1")
     if options.optimizer == "adafactor" and options.parallel == "fsdp" and "WORLD_SIZE" in os.environ:
         parser.error("--optimizer adafactor needs whole parameters, --parallel fsdp splits them: use adamw, or ddp")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device.split(":")[0] not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        parser.error(f"--device {options.device}: there is no such device here")
+    if options.seed >= 2**63:
+        parser.error(f"--seed {options.seed} must be below 2^63")
     if options.precision == "auto":
         options.precision = "bf16" if multiplies_bf16(options.device) else "fp32"
     if wrong := sorted(SET_BY_FLAGS & set(options.set)):
         parser.error(f"--set {wrong[0]}: there is a flag for this, or it follows from the data")
+    try:
+        model_config(options, num_tokens=256)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def multiplies_bf16(device: str) -> bool:
@@ -352,7 +370,7 @@ class Run:
     @property
     def rows(self) -> int:
         """Rows of each part."""
-        return int(self.options.batch // (self.processes.size * self.options.accumulate))
+        return divided(self.options, self.processes)
 
     @property
     def tokens_per_step(self) -> int:
@@ -405,7 +423,7 @@ def model_config(options: argparse.Namespace, num_tokens: int) -> Config:
     try:
         return Config.from_dict({**values, **options.set})
     except BeartypeCallHintViolation as error:
-        raise ValueError(f"--set: {error}") from error
+        raise ValueError(f"--set: {str(error).partition('parameter ')[2] or error}") from error
 
 
 def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -414,11 +432,18 @@ def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) ->
     return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
 
 
-def build(options: argparse.Namespace, processes: Processes, folder: Path) -> Run:
-    """A run at its beginning."""
-    if options.batch % (processes.size * options.accumulate):
+def divided(options: argparse.Namespace, processes: Processes) -> int:
+    """Rows of each part."""
+    parts = processes.size * options.accumulate
+    if options.batch % parts:
         raise ValueError(f"--batch {options.batch} cannot be divided into --accumulate {options.accumulate} parts of "
                          f"each of {processes.size} processes")  # fmt: skip
+    return int(options.batch // parts)
+
+
+def build(options: argparse.Namespace, processes: Processes, folder: Path) -> Run:
+    """A run at its beginning."""
+    divided(options, processes)
     train, valid, tokenizer = load_data(options, processes)
     torch.manual_seed(options.seed)  # the same weights in all processes
     config = model_config(options, train.num_tokens)
@@ -749,8 +774,11 @@ def make_folder(options: argparse.Namespace, processes: Processes) -> Path:
         taken = (Path("runs") / name, *(Path("runs") / f"{name}-{number}" for number in range(2, 1000)))
         options.out = processes.share(next(str(path) for path in taken if not path.exists()))
     folder = Path(options.out)
-    if processes.share(folder.exists() and any(folder.iterdir())) and not options.resume:
+    names = processes.share({path.name for path in folder.iterdir()} if folder.exists() else set())
+    if names and not options.resume:
         raise ValueError(f"--out {folder} is not empty; --resume goes on with the run in it")
+    if names - {"lock", "config.json.tmp"} and "config.json" not in names:
+        raise ValueError(f"--resume {folder}: there are files, but no run: it has no config.json")
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -772,7 +800,7 @@ def locked(folder: Path, processes: Processes) -> Iterator[None]:
 
 def write_config(run: Run) -> None:
     content = {
-        "options": {**vars(run.options), "resume": None, "config": None, "dry_run": None, "device": None},
+        "options": {**vars(run.options), "out": None, "resume": None, "config": None, "dry_run": None, "device": None},
         "model": asdict(run.model.config),
         "commit": git_commit(),
         "versions": {
@@ -783,9 +811,17 @@ def write_config(run: Run) -> None:
         "threads": torch.get_num_threads(),
         "corpus": {"train": run.train.fingerprint, "valid": run.valid.fingerprint},
     }  # fmt: skip
-    temporary = run.folder / "config.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(run.folder / "config.json")
+    write_at_once(run.folder / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Replaces a file by another that is whole and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def git_commit() -> str | None:
@@ -850,15 +886,13 @@ def cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_at_once(path, "".join(kept))
 
 
 def draw_curve(folder: Path) -> None:
@@ -871,9 +905,11 @@ def draw_curve(folder: Path) -> None:
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
     steps = [line["step"] for line in lines]
     bits = np.array([math.nan if line["bits_per_byte"] is None else line["bits_per_byte"] for line in lines])
+    if not np.isfinite(bits).any():
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
     axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
     width = max(1, len(bits) // 50)
     smooth = np.convolve(np.nan_to_num(bits), np.ones(width) / width, mode="valid")
@@ -896,7 +932,8 @@ def save(run: Run, metric: float | None) -> bool:
     """Writes a checkpoint; False if the disk did not take it, and the ones before are as they were."""
     processes = run.processes
     names = dict(run.model.named_parameters())
-    model, optimizer = distributed.full_state(run.model), distributed.optimizer_state(names, run.optimizer)
+    model = distributed.full_state(run.model, processes)
+    optimizer = distributed.optimizer_state(names, run.optimizer, processes)
     own = [(to_cpu(memories), to_cpu(states)) for memories, states in run.carried]
     carried = [part for parts in processes.gather(own) for part in parts]
     generators = processes.gather(checkpoint.rng_state({"memory": run.generator}))
@@ -905,6 +942,7 @@ def save(run: Run, metric: float | None) -> bool:
         "rng": generators,
         "loss_scale": [run.scale.value, run.scale.streak],
         "skipped": [run.skipped, run.skipped_now],
+        "optimizer": run.options.optimizer,
         "model_config": asdict(run.model.config),
         "versions": {"torch": str(torch.__version__), "block_recurrent_transformer_pytorch": package.__version__},
     }
@@ -936,29 +974,58 @@ def restore(run: Run) -> None:
         return
     for reason in saved.skipped:
         say(processes, f"passed over a damaged checkpoint: {reason}")
-    metadata = saved.metadata
+    try:
+        difference = differs(run, saved)
+        if difference is None:
+            take_over(run, saved)
+    except (AttributeError, BeartypeCallHintViolation, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{saved.path} is not as train.py writes it: {type(error).__name__}: {error}; without this "
+                         "folder the run goes on from the checkpoint before") from error  # fmt: skip
+    if difference is not None:
+        raise ValueError(difference)
+    say(processes, f"going on after step {run.step} of {options.steps}, from {saved.path}")
+
+
+def differs(run: Run, saved: checkpoint.Checkpoint) -> str | None:
+    """Which option keeps this run from going on from a checkpoint, if any does."""
+    options, stream, metadata = run.options, run.stream.state_dict(), saved.metadata
     if Config.from_dict(metadata["model_config"]).fingerprint != run.model.config.fingerprint:
-        raise ValueError(f"--resume {run.folder}: its model has other sizes or options than those given now")
-    for name in ("batch", "segment", "seed"):
-        if metadata["stream"][name] != getattr(options, name):
-            was, now = metadata["stream"][name], getattr(options, name)
-            raise ValueError(f"--{name} {now}: the run in {run.folder} has {was}")
+        return f"--resume {run.folder}: its model has other sizes or options than those given now"
+    own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
+    for name, now in own.items():
+        was = metadata["optimizer"] if name == "optimizer" else metadata["stream"][name]
+        if was != now:
+            return f"--{name} {now}: the run in {run.folder} has {was}"
+    if metadata["stream"]["corpus"] != stream["corpus"]:
+        return f"--data {options.data}: the run in {run.folder} reads another text, or its files have changed since"
+    dtype, weights = run.model.token_emb.weight.dtype, saved.tensors["model"]
+    if (was := weights["token_emb.weight"].dtype) != dtype:
+        return f"--precision {options.precision} keeps weights in {dtype}, the run in {run.folder} in {was}"
+    return None
+
+
+def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Everything that `save` wrote."""
+    processes, metadata = run.processes, saved.metadata
     distributed.load_full_state(run.model, saved.tensors["model"])
     names = dict(run.model.named_parameters())
     distributed.load_optimizer_state(names, run.optimizer, saved.tensors["optimizer"])
     run.stream.load_state_dict(metadata["stream"])
     run.carried = deal(run, saved.tensors["carried"])
-    run.scale.value, run.scale.streak = metadata["loss_scale"]
-    run.skipped, run.skipped_now = metadata["skipped"]
+    for memories, states in run.carried:
+        x = torch.zeros(run.rows, 1, dtype=torch.long, device=processes.device)
+        run.model.check(x, memories, states, {}, None, None)
+    value, streak = metadata["loss_scale"]
+    run.scale.value, run.scale.streak = float(value), int(streak)
+    run.skipped, run.skipped_now = (int(count) for count in metadata["skipped"])
     run.step = saved.step
-    saved_by = metadata["rng"]
-    if len(saved_by) == processes.size:
-        checkpoint.set_rng_state(saved_by[processes.rank], {"memory": run.generator})
+    generators = metadata["rng"]
+    if len(generators) == processes.size:
+        checkpoint.set_rng_state(generators[processes.rank], {"memory": run.generator})
     else:
-        checkpoint.set_rng_state(saved_by[0], {"memory": run.generator})
-        seed_everything(options.seed, run.step, processes)
-        say(processes, f"saved by {len(saved_by)} processes, going on with {processes.size}: rows are dealt anew")
-    say(processes, f"going on after step {run.step} of {options.steps}, from {saved.path}")
+        checkpoint.set_rng_state(generators[0], {"memory": run.generator})
+        seed_everything(run.options.seed, run.step, processes)
+        say(processes, f"saved by {len(generators)} processes, going on with {processes.size}: rows are dealt anew")
 
 
 def deal(run: Run, parts: list[Any]) -> list[tuple[Memories | None, States | None]]:
@@ -1064,6 +1131,9 @@ def describe(run: Run) -> None:
     parallel = f", {processes.size} processes ({options.parallel})" if processes.size > 1 else ""
     say(processes, f"preset {options.preset}: {options.steps} steps, {options.precision} on {processes.device}"
         f"{parallel}, into {run.folder}; Ctrl-C stops it and it can go on later")  # fmt: skip
+    if is_sharded(run) and (tied := max(map(len, run.model.stages))) > 1:
+        say(processes, f"note: {tied} layers go through a segment together, block by block: FSDP gathers each of them "
+            "once a block, --parallel ddp does not")  # fmt: skip
 
 
 def finish(run: Run) -> None:
@@ -1073,8 +1143,9 @@ def finish(run: Run) -> None:
     if not run.processes.is_first:
         return
     draw_curve(run.folder)
-    last = (run.folder / "metrics.jsonl").read_text().splitlines()[-1]
-    valid = json.loads(last)["valid_bits_per_byte"]
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    values = [line["valid_bits_per_byte"] for line in lines if "valid_bits_per_byte" in line] or [None]
+    valid = math.nan if values[-1] is None else values[-1]
     skipped = f", {run.skipped} steps skipped" if run.skipped else ""
     epochs = run.step * run.tokens_per_step / run.train.total_tokens
     say(run.processes, f"done: {run.step} steps, {epochs:.2f} epochs{skipped}; {run.folder}")
@@ -1085,15 +1156,13 @@ def dry_run(options: argparse.Namespace, processes: Processes) -> int:
     """Prints what a run would be: sizes, parameters, tokens, memory."""
     train, valid, _ = load_data(options, processes)
     config = model_config(options, train.num_tokens)
-    rows = options.batch // (processes.size * options.accumulate)
-    with torch.device("meta"):
-        model = BlockRecurrentTransformer(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = divided(options, processes)
+    parameters, activations, carried = measure(options, config, rows)
     width = 8 if options.precision == "fp64" else 4
     depth = 1 if options.bptt == "replay" else gradient_depth(options)
-    activations, carried = measure(model, max(1, rows), options.segment)
     tokens = options.batch * options.segment * options.step_segments
     share = processes.size if options.parallel == "fsdp" else 1
+    kept = options.accumulate + (options.step_segments if options.bptt == "replay" else 0)  # memories and states
     copies = 3 if options.optimizer == "adamw" else 2  # gradient and averages
     lines = {
         "model": json.dumps(asdict(config)),
@@ -1104,8 +1173,8 @@ def dry_run(options: argparse.Namespace, processes: Processes) -> int:
                  f"{options.steps * tokens / train.total_tokens:.2f} epochs",
         "memory of weights": megabytes(parameters * width / share),
         "memory of gradients and optimizer": megabytes(copies * parameters * width / share),
-        "memory of activations": f"{megabytes(depth * activations * width / 4)} at most, in fp32, for {rows} rows",
-        "memory of what is carried": megabytes(options.accumulate * carried * width / 4),
+        "memory of activations": f"{megabytes(depth * activations)} in {options.precision}, for {rows} rows",
+        "memory of what is carried": megabytes(kept * carried),
     }  # fmt: skip
     say(processes, "\n".join(f"{name}: {text}" for name, text in lines.items()))
     return 0
@@ -1115,27 +1184,35 @@ def megabytes(count: float) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def measure(model: BlockRecurrentTransformer, rows: int, segment: int) -> tuple[int, int]:
-    """Bytes that the backward pass of a segment keeps, and bytes of memories and states. Nothing is computed."""
-    x = torch.zeros(rows, segment + 1, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        _, memories, states = model(x[:, :-1], logits_to_keep=1)
+def measure(options: argparse.Namespace, config: Config, rows: int) -> tuple[int, int, int]:
+    """Parameters, bytes that the backward pass of a segment needs, and bytes of memories and states. Nothing is
+    computed: the tensors have shapes alone, and the kernels are those of the device."""
+    width = 2 if options.precision == "fp64" else 1
     kept: dict[int, Any] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = model(x, xl_memories=memories, states=states, return_loss=True)
-    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    del held
+    with FakeTensorMode(), autocast(options), torch.device(options.device):
+        model = BlockRecurrentTransformer(Config.from_dict({**asdict(config), "init": "torch"}))
+        model.check_ids = lambda *_: None  # type: ignore[method-assign]  # there are no numbers to look at
+        x = torch.zeros(rows, options.segment + 1, dtype=torch.long)
+        with torch.no_grad():
+            _, memories, states = model(x[:, :-1], logits_to_keep=1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            held = model(x, xl_memories=memories, states=states, return_loss=True)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+        del held
     leaves = torch.utils._pytree.tree_leaves((memories, states))
-    return activations, sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    carried = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    return sum(parameter.numel() for parameter in model.parameters()), width * activations, width * carried
 
 
 def main(argv: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     options = parse(sys.argv[1:] if argv is None else argv)
     if options.threads:
         torch.set_num_threads(options.threads)

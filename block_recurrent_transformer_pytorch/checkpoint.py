@@ -363,7 +363,10 @@ def _refuse_to_go_back(folder: Path, step: int) -> None:
         if _step_of(path) < step:
             continue
         try:
-            _verify(path, _read_manifest(path))
+            content = _read_manifest(path)
+            _verify(path, content)
+            for name in content["files"]:
+                _read_tensors(path / name)
         except DamagedCheckpoint as error:
             logger.warning("%s; it will be replaced", error)
         else:

@@ -3,7 +3,7 @@
     with start() as processes:                       # what torchrun says; a single process without it
         shard(model, processes)                      # FSDP2; or DistributedDataParallel around a module of yours
         total, = processes.sum(number_of_targets)
-        tensors = full_state(model)                  # on the CPU, whole, whatever the number of processes
+        tensors = full_state(model, processes)       # whole, on the CPU of the first process
 
 Every function that talks to the others has to be called by all of them. Python values travel between these processes
 over their own connections, by pickle as torch.distributed does it; nothing of that kind is ever read from a file.
@@ -130,20 +130,30 @@ def shard(model: BlockRecurrentTransformer, processes: Processes) -> None:
 
 
 def replicate(module: nn.Module, model: BlockRecurrentTransformer, num_tokens: int) -> DistributedDataParallel:
-    """DistributedDataParallel around a module that trains `model` on graphs of so many tokens."""
+    """DistributedDataParallel around a module that trains `model` on graphs of so many tokens.
+
+    Where every parameter is used, DDP deals the gradients to other buckets after its first step. A ring adds up each
+    place of a bucket in an order of its own, so that a run that goes on would differ from one that never stopped in
+    the last bit. On the CPU, where that is promised, the search for unused parameters keeps the buckets as they are.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unused = bool(RecurrentTrainWrapper(model, seq_len=num_tokens).untrained())
+    on_cpu = next(model.parameters()).device.type == "cpu"
     keyword = "forward_sync_buffers"  # the buffers are constants; before torch 2.13 the argument had another name
     if keyword not in inspect.signature(DistributedDataParallel).parameters:
         keyword = "broadcast_buffers"
-    options: dict[str, Any] = {"find_unused_parameters": unused, keyword: False}
-    return DistributedDataParallel(module, **options)
+    options: dict[str, Any] = {"find_unused_parameters": unused or on_cpu, keyword: False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
 
 
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors on the CPU, in every process."""
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+def full_state(module: nn.Module, processes: Processes) -> dict[str, Tensor]:
+    """The state dict with whole tensors on the CPU of the first process; an empty dict elsewhere."""
+    return {
+        name: kept
+        for name, tensor in module.state_dict().items()
+        if (kept := whole(tensor, processes)) is not None
+    }
 
 
 def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -162,36 +172,49 @@ def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.copy_(part_of(state[name], tensor))
 
 
-def optimizer_state(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimizer remembers, by the parameters' names, with whole tensors on the CPU, in every process."""
-    return {
-        name: {key: whole(value) if isinstance(value, Tensor) else value for key, value in memory.items()}
+def optimizer_state(
+    names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, processes: Processes
+) -> dict[str, Any]:
+    """What an optimizer remembers, by the parameters' names, with whole tensors on the CPU of the first process."""
+    state = {
+        name: {key: whole(value, processes) if isinstance(value, Tensor) else value for key, value in memory.items()}
         for name, parameter in names.items()
         if (memory := optimizer.state.get(parameter))
     }
+    return state if processes.is_first else {}
 
 
 def load_optimizer_state(
     names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """The inverse of `optimizer_state`.
+    """The inverse of `optimizer_state`; every process gives the same.
 
     Raises:
-        ValueError: the state of a parameter that the optimizer does not have.
+        ValueError: the state of a parameter that the optimizer does not have, or of another shape.
     """
     if unknown := sorted(set(state) - set(names)):
         raise ValueError(f"the optimizer's state has the parameters {unknown[:5]}, which the model lacks")
     for name, memory in state.items():
         parameter = names[name]
+        for key, value in memory.items():
+            if isinstance(value, Tensor) and value.ndim and not covers(value.shape, parameter.shape):
+                raise ValueError(f"{key} of {name} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
         optimizer.state[parameter] = {
             key: part_of(value, parameter) if isinstance(value, Tensor) and value.ndim else value
             for key, value in memory.items()
         }
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded or plain tensor as a plain one on the CPU, of its own memory."""
-    gathered: Tensor = getattr(tensor.detach(), "full_tensor", tensor.detach)()
+def covers(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether a shape is another one, but for dimensions of which only a mean is kept (Adafactor's)."""
+    return len(shape) == len(whole) and all(own in (1, size) for own, size in zip(shape, whole))
+
+
+def whole(tensor: Tensor, processes: Processes) -> Tensor | None:
+    """A sharded or plain tensor as a plain one on the CPU of the first process, of its own memory; None elsewhere."""
+    gathered: Tensor = getattr(tensor.detach(), "full_tensor", tensor.detach)()  # by all: they send their shares
+    if not processes.is_first:
+        return None
     return gathered.clone() if gathered.device.type == "cpu" else gathered.cpu()
 
 

@@ -171,10 +171,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch
 def test_without_a_checkpoint_a_run_begins_anew(run, tmp_path):
     run("whole")
     (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
     (tmp_path / "cut" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
     status, text = run("cut", "--resume")
     assert status == 0 and "no checkpoint yet" in text
     same_bytes(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_folder_of_something_else_is_no_run(run, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mother.txt").write_text("dear")
+    status, text = run("letters", "--resume")
+    assert status == 1 and "no config.json" in text
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mother.txt"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, tmp_path):
@@ -408,7 +417,7 @@ def test_unknown_names_in_a_config_file_are_refused(tmp_path, capsys):
     (tmp_path / "my.json").write_text('{"colour": 3}')
     with pytest.raises(SystemExit):
         train.parse(["--config", str(tmp_path / "my.json")])
-    assert "--colour" in capsys.readouterr().err
+    assert "'colour'" in capsys.readouterr().err
 
 
 def test_a_run_never_overwrites_another(run, tmp_path):
