@@ -328,7 +328,7 @@ def select_rows(carried: Carried, rows: Tensor) -> Carried:
         ValueError: rows that are no integers, or not among those of `carried`.
     """
     batch = next((len(leaf) for leaf in tree_leaves(carried) if isinstance(leaf, Tensor)), None)
-    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"rows must be (m,) int64, not {describe(rows)}")
     if batch and rows.device.type == "cpu" and len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= batch):
         raise ValueError(f"rows={rows.tolist()} must be from 0 to {batch - 1}")
@@ -338,7 +338,7 @@ def select_rows(carried: Carried, rows: Tensor) -> Carried:
 def forget_rows(memories: Memories, rows: Tensor) -> Memories:
     """Memories in which `rows`, (b,) bool, hold no complete block any more; the block being filled stays."""
     batch = len(memories.layers[0].block.k)
-    if rows.shape != (batch,) or rows.dtype != torch.bool:
+    if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype != torch.bool:
         raise ValueError(f"rows must be ({batch},) bool, one for each row of the memories, not {describe(rows)}")
     layers = tuple(
         LayerMemory(zero_rows(layer.xl, rows), layer.block, layer.compressed and zero_rows(layer.compressed, rows))

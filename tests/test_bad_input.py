@@ -310,6 +310,8 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "forget_rows of ints": (lambda: forget_rows(MEMORIES, torch.tensor([0, 1])), ("rows", "int64")),
     "select_rows out of range": (lambda: select_rows(MEMORIES, torch.tensor([0, 2])), ("rows", 2)),
     "select_rows of floats": (lambda: select_rows(MEMORIES, torch.tensor([0.0])), ("rows", "float32")),
+    "select_rows of a list": (lambda: select_rows(MEMORIES, [0, 1]), ("rows", "[0, 1]")),
+    "forget_rows of a list": (lambda: forget_rows(MEMORIES, [True, False]), ("rows", "(2,) bool", "[True, False]")),
 }  # fmt: skip
 
 
