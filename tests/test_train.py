@@ -6,6 +6,7 @@ Kills, several processes and compiling are in tests/slow/test_train_slow.py.
 
 import csv
 import importlib.util
+import io
 import json
 import math
 import os
@@ -135,6 +136,47 @@ def test_it_learns(run, tmp_path):
     assert losses(tmp_path / "a")[-1] < losses(tmp_path / "a")[0] - 1.5
 
 
+def test_what_the_terminal_cannot_show_does_not_end_a_run(run, monkeypatch):
+    monkeypatch.setattr(train, "write_sample", lambda run: "caf\u00e9 \ufffd \udcff")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert run("a", "--steps", "1", "--sample", "1")[0] == 0
+
+
+def test_a_run_that_ends_without_a_finite_loss_says_so(run):
+    status, text = run("a", "--lr", "1e30", "--steps", "4", "--schedule", "constant", "--warmup", "0")
+    assert status == 0 and "validation: nan bits per byte" in text
+
+
+def test_a_curve_of_nothing_is_not_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "bits_per_byte": null}\n')
+    train.draw_curve(tmp_path)
+    assert not (tmp_path / "curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--set positions=t5", "--precision bf16", "--precision fp64", "--set init=lecun"]
+)
+def test_a_dry_run_counts_the_activations_that_there_are(flags):
+    options = train.parse([*SIZES, "--precision", "fp32", *flags.split()])
+    config = train.model_config(options, 256)
+    model = train.BlockRecurrentTransformer(config).to(torch.float64 if options.precision == "fp64" else torch.float32)
+    x = torch.zeros(4, options.segment + 1, dtype=torch.long)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with train.autocast(options), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.no_grad():
+            _, memories, states = model(x[:, :-1])
+        held = model(x, xl_memories=memories, states=states, return_loss=True)
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    real = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    del held
+    assert train.measure(options, config, 4)[1] == pytest.approx(real, rel=0.05)
+
+
 def test_a_dry_run_writes_nothing(run, tmp_path):
     status, text = run("a", "--dry-run")
     assert status == 0 and not (tmp_path / "a").exists()
@@ -193,6 +235,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, tmp_path):
     last.write_bytes(last.read_bytes()[:-7])
     status, text = run("cut", "--resume")
     assert status == 0 and "damaged" in text and str(last) in text and "after step 4" in text
+    same_bytes(tmp_path / "whole", tmp_path / "cut")
+
+
+def forge(folder, edit):
+    """Changes the content of a run's last checkpoint, and its digest too."""
+    file = checkpoint.checkpoints(folder / "checkpoints")[-1] / checkpoint.MANIFEST
+    content = json.loads(file.read_text())["content"]
+    edit(content)
+    file.write_text(json.dumps({"sha256": checkpoint._content_digest(content), "content": content}))
+
+
+FORGED = {  # of a checkpoint that is whole: what is in it
+    "no metadata": lambda content: content.update(metadata={}),
+    "a model without sizes": lambda content: content["metadata"].update(model_config={}),
+    "a model of words": lambda content: content["metadata"]["model_config"].update(dim="wide"),
+    "no stream": lambda content: content["metadata"].update(stream=None),
+    "no generators": lambda content: content["metadata"].update(rng=[]),
+    "a loss scale of words": lambda content: content["metadata"].update(loss_scale=["a", "b"]),
+    "nothing skipped": lambda content: content["metadata"].update(skipped=None),
+    "numbers for tensors": lambda content: content["trees"]["model"].update({"norm.weight": 3}),
+    "a list for the optimizer": lambda content: content["trees"].update(optimizer=[]),
+    "averages of another shape": lambda content: content["trees"]["optimizer"].update(
+        {"norm.weight": content["trees"]["optimizer"]["token_emb.weight"]}
+    ),
+    "nothing carried": lambda content: content["trees"].update(carried=[]),
+    "numbers carried": lambda content: content["trees"].update(carried=[[1, 2]]),
+}
+
+
+def test_a_forged_checkpoint_is_named(run, tmp_path):
+    run("a", "--steps", "2", "--valid-every", "2")
+    file = tmp_path / "a" / "checkpoints" / "step-00000002" / checkpoint.MANIFEST
+    whole = file.read_bytes()
+    for name, change in FORGED.items():
+        file.write_bytes(whole)
+        forge(tmp_path / "a", change)
+        status, text = run("a", "--resume", "--steps", "3")
+        assert status == 1 and f"{file.parent} is not as train.py writes it" in text, name
+        assert "Traceback" not in text
+
+
+def test_an_unreadable_tensor_file_with_the_right_digest_is_passed_over_and_replaced(run, tmp_path):
+    run("whole")
+    run("cut")
+    file = tmp_path / "cut" / "checkpoints" / "step-00000006" / "model.safetensors"
+    file.write_bytes(b"\xff" * 8 + b"no header is that long")
+    facts = {"size": file.stat().st_size, "sha256": checkpoint._file_digest(file)}
+    forge(tmp_path / "cut", lambda content: content["files"].update({file.name: facts}))
+    status, text = run("cut", "--resume")
+    assert status == 0 and str(file) in text and "after step 4" in text
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -400,6 +492,8 @@ REFUSED = {
     "--resume nowhere": "--resume nowhere",
     "--optimizer sgd": "--optimizer",
     "--device nothing": "nothing",
+    "--seed 9223372036854775808": "--seed",
+    "--resume . --out elsewhere": "--resume .: the run goes on in its folder",
 }
 
 
@@ -413,11 +507,31 @@ def test_refused(run, tmp_path, capsys, flags):
     assert "Traceback" not in text and not (tmp_path / "a" / "checkpoints").exists()
 
 
-def test_unknown_names_in_a_config_file_are_refused(tmp_path, capsys):
-    (tmp_path / "my.json").write_text('{"colour": 3}')
+CONFIGS = {
+    '{"colour": 3}': "unknown option 'colour'",
+    '{"config": "other.json"}': "unknown option 'config'",
+    '{"set": [1]}': "gives no JSON object for set",
+    '{"set": {"gate": 3}}': "--set: gate=3",
+    '{"steps": {"a": 1}}': "--steps",
+    "[1]": "not a JSON object",
+    '{"options": 3}': "not a JSON object",
+    "[" * 100_000: "cannot be read",
+    '{"resume": "nowhere"}': "--resume nowhere",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS, ids=range(len(CONFIGS)))
+def test_config_files_that_are_refused(tmp_path, capsys, content):
+    (tmp_path / "my.json").write_text(content)
     with pytest.raises(SystemExit):
-        train.parse(["--config", str(tmp_path / "my.json")])
-    assert "'colour'" in capsys.readouterr().err
+        train.parse(["--config", str(tmp_path / "my.json"), "--preset", "tiny"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and CONFIGS[content] in lines[1]  # the usage, and what is wrong
+
+
+def test_the_folder_of_a_run_may_come_from_a_config_file(tmp_path):
+    (tmp_path / "my.json").write_text(json.dumps({"out": str(tmp_path / "there")}))
+    assert train.parse(["--config", str(tmp_path / "my.json")]).out == str(tmp_path / "there")
 
 
 def test_a_run_never_overwrites_another(run, tmp_path):
@@ -431,11 +545,28 @@ def test_a_run_never_overwrites_another(run, tmp_path):
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
 
 
+OTHERS = {
+    "--dim 24": "other sizes", "--batch 2": "--batch 2: the run", "--seed 5": "--seed 5: the run",
+    "--segment 8": "--segment 8: the run", "--optimizer adafactor": "--optimizer adafactor: the run",
+    "--precision fp64": "--precision fp64 keeps weights in torch.float64", f"--data {__file__}": "another text",
+}  # fmt: skip
+
+
 def test_resuming_with_another_model_or_stream_is_refused(run):
     run("a")
-    for flags, words in ((("--dim", "24"), "other sizes"), (("--batch", "2"), "batch"), (("--seed", "5"), "seed")):
-        status, text = run("a", "--resume", *flags)
-        assert status == 1 and words in text
+    for flags, words in OTHERS.items():
+        status, text = run("a", "--resume", "--steps", "8", *flags.split())
+        assert status == 1 and words in text, text
+
+
+def test_a_run_whose_log_is_lost_goes_on(run, tmp_path):
+    run("a")
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    status, text = run("a", "--resume")
+    assert status == 0 and "validation: nan bits per byte" in text
+    (tmp_path / "a" / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    assert run("a", "--resume", "--steps", "8")[0] == 0
+    assert [line["step"] for line in metrics(tmp_path / "a")] == [7, 8]
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -497,3 +628,40 @@ def test_evaluation_refuses(run, tmp_path, capsys, flags):
     (tmp_path / "empty").mkdir()
     assert evaluate.main(flags.split()) == 1
     assert "evaluate.py: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--documents -1", "--rows 0", "--threads 0", "--device nothing"])
+def test_numbers_that_evaluation_refuses(capsys, flags):
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", *flags.split()])
+    assert flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"options": []}', '{"options": {}}'])
+def test_evaluation_names_a_damaged_config(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        evaluate.load_documents(evaluate.make_parser().parse_args([str(tmp_path)]), tmp_path)
+
+
+def test_few_logits_at_a_time_are_the_same(run, tmp_path, documents, monkeypatch, capsys):
+    run("a", "--steps", "1", "--precision", "fp64")
+    command = [str(tmp_path / "a"), "--data", str(documents), "--documents", "3", "--out"]
+    assert evaluate.main([*command, str(tmp_path / "many")]) == 0
+    monkeypatch.setattr(evaluate, "MOST_LOGITS", 1)
+    assert evaluate.main([*command, str(tmp_path / "few")]) == 0
+    assert (tmp_path / "many" / "table.txt").read_text() == (tmp_path / "few" / "table.txt").read_text()
+
+
+def test_documents_with_odd_names_and_contents(run, tmp_path, capsys):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    contents = [b"", b"x", b"\r\n" * 9, b"\xff\xfe\x80", b"\0" * 20, b"words and words", "é漢字".encode()[:-1]]
+    for number, content in enumerate(contents * 4):
+        name = [b"plain", b"sp ace", b"new\nline", b"\xff\xfe", b"*[glob]?", b'a,b"q'][number % 6]
+        Path(os.fsdecode(os.fsencode(folder) + b"/%d" % number + name)).write_bytes(content)
+    status, text = run("a", "--data", str(folder), "--steps", "2", "--valid-every", "2", "--sample", "9")
+    assert status == 0 and "4 empty skipped" in text
+    assert evaluate.main([str(tmp_path / "a"), "--split", "all"]) == 0
+    with (tmp_path / "a" / "evaluation" / "documents.csv").open(newline="", errors="surrogateescape") as file:
+        assert len(list(csv.reader(file))) == 1 + 24
