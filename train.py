@@ -271,6 +271,9 @@ def parse(argv: list[str], parser: argparse.ArgumentParser | None = None) -> arg
     options = parser.parse_args([*as_flags(PRESETS[preset]), *read, *argv])
     options.preset, options.out, options.resume = preset, folder, given.resume is not None
     options.set = dict(options.set)
+    given_lr = any(word.partition("=")[0] == "--lr" for word in (*read, *argv))
+    if options.optimizer != PRESETS[preset].get("optimizer", "adamw") and not given_lr:
+        parser.error(f"--optimizer {options.optimizer}: the rate of preset {preset} is for another one, give --lr too")
     check(options, parser)
     return options
 

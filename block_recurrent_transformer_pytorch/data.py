@@ -369,7 +369,9 @@ class FileTokenizer:
             raise ValueError(f"path: cannot read the tokenizer {path}: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.num_tokens: int = 1 + max(self._tokenizer.get_vocab().values())
+        self.num_tokens: int = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+        if not self.num_tokens:
+            raise ValueError(f"path: the tokenizer {path} has an empty vocabulary")
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, data: bytes) -> Integers:

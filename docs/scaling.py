@@ -60,11 +60,6 @@ def units(model: BlockRecurrentTransformer) -> list[int]:
     return [count(model) - sum(layers), *layers]
 
 
-def ddp_memory(parameters: int) -> int:
-    """Weights, gradients, AdamW's two averages, and the buckets in which DDP exchanges gradients."""
-    return WORD * 5 * parameters
-
-
 def fsdp_memory(model: BlockRecurrentTransformer, processes: int) -> float:
     """A share of weights, gradients and averages; the model's own unit and two layers whole, with their gradients."""
     own, *layers = units(model)
@@ -159,8 +154,8 @@ def parameters() -> str:
         n = count(model)
         fsdp = [gb(fsdp_memory(model, p)) for p in (8, 64)]
         rows.append([f"`{size}`", millions(n), gb(WORD * n), gb(2 * WORD * n), gb(adafactor(model)),
-                     gb(4 * WORD * n), gb(ddp_memory(n)), *fsdp, gb(3 * WORD * n)])  # fmt: skip
-    head = ("| size | parameters, M | weights | AdamW | Adafactor | one GPU | each of DDP | each of 8, FSDP2 "
+                     gb(4 * WORD * n), *fsdp, gb(3 * WORD * n)])  # fmt: skip
+    head = ("| size | parameters, M | weights | AdamW | Adafactor | one GPU, or each of DDP | each of 8, FSDP2 "
             "| each of 64, FSDP2 | host, checkpoint |")  # fmt: skip
     return table(head, rows)
 

@@ -522,6 +522,9 @@ def test_tokenizer_file_errors(tmp_path: Path, fake_tokenizer: FileTokenizer, mo
     for name in ("bad.json", "missing.json"):
         with pytest.raises(ValueError, match=f"path: cannot read the tokenizer .*{name}"):
             FileTokenizer(tmp_path / name)
+    monkeypatch.setattr(FakeTokenizer, "get_vocab", dict)
+    with pytest.raises(ValueError, match="has an empty vocabulary"):
+        FileTokenizer(tmp_path / "tokenizer.json")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install block-recurrent-transformer-pytorch\[train\]"):
         FileTokenizer(tmp_path / "tokenizer.json")

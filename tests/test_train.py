@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ SIZES = [
     *("--final-batches", "2", "--valid-every", "3", "--checkpoint-every", "2", "--sample", "0", "--preset", "cpu"),
     *("--device", "cpu"),
 ]
+CPU = torch.device("cpu")
 WORDS = ["def", "return", "self", "for", "in", "if", "else", "x", "y", "z", "import", "None", "(", ")", ":", "=", "+"]
 
 
@@ -529,6 +531,13 @@ def test_config_files_that_are_refused(tmp_path, capsys, content):
     assert len(lines) == 2 and CONFIGS[content] in lines[1]  # the usage, and what is wrong
 
 
+def test_another_optimizer_than_the_preset_needs_a_rate(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--preset", "paper-150m", "--optimizer", "adamw"])
+    assert "give --lr too" in capsys.readouterr().err
+    assert train.parse(["--preset", "paper-150m", "--optimizer", "adamw", "--lr=2e-4"]).lr == 2e-4
+
+
 def test_the_folder_of_a_run_may_come_from_a_config_file(tmp_path):
     (tmp_path / "my.json").write_text(json.dumps({"out": str(tmp_path / "there")}))
     assert train.parse(["--config", str(tmp_path / "my.json")]).out == str(tmp_path / "there")
@@ -567,6 +576,36 @@ def test_a_run_whose_log_is_lost_goes_on(run, tmp_path):
     (tmp_path / "a" / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
     assert run("a", "--resume", "--steps", "8")[0] == 0
     assert [line["step"] for line in metrics(tmp_path / "a")] == [7, 8]
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+def test_only_the_first_process_copies_what_a_checkpoint_holds():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    names, first, second = dict(model.named_parameters()), *(train.Processes(rank, 2, CPU) for rank in (0, 1))
+    assert train.distributed.full_state(model, second) == {}
+    assert train.distributed.optimizer_state(names, optimizer, second) == {}
+    kept = train.distributed.full_state(model, first)
+    assert torch.equal(kept["weight"], model.weight) and kept["weight"].data_ptr() != model.weight.data_ptr()
+    assert train.distributed.optimizer_state(names, optimizer, first).keys() == names.keys()
+
+
+@pytest.mark.parametrize(("parallel", "option"), [("fsdp", "block_feedback=true"), ("ddp", "block_feedback=true"),
+                                                  ("fsdp", "gate=lstm")])  # fmt: skip
+def test_fsdp_says_where_it_gathers_layers_once_a_block(tmp_path, capsys, parallel, option):
+    flags = ["--parallel", parallel, "--set", option, "--recurrent-layers", "2"]
+    options = train.parse([*SIZES, *flags, "--out", str(tmp_path)])
+    model = train.BlockRecurrentTransformer(train.model_config(options, 256))
+    corpus = train.data.Corpus.from_tokens([[1, 2, 3]])
+    run = SimpleNamespace(options=options, processes=train.Processes(0, 2, CPU), model=model, train=corpus,
+                          valid=corpus, tokens_per_step=64, folder=tmp_path)  # fmt: skip
+    train.describe(run)
+    noted = "FSDP gathers each of them once a block" in capsys.readouterr().out
+    assert noted == (parallel == "fsdp" and option == "block_feedback=true")
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -645,7 +684,8 @@ def test_evaluation_names_a_damaged_config(tmp_path, content):
 
 
 def test_few_logits_at_a_time_are_the_same(run, tmp_path, documents, monkeypatch, capsys):
-    run("a", "--steps", "1", "--precision", "fp64")
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
+    run("a", "--steps", "1", "--precision", "fp64", "--valid-every", "1")
     command = [str(tmp_path / "a"), "--data", str(documents), "--documents", "3", "--out"]
     assert evaluate.main([*command, str(tmp_path / "many")]) == 0
     monkeypatch.setattr(evaluate, "MOST_LOGITS", 1)
@@ -653,7 +693,8 @@ def test_few_logits_at_a_time_are_the_same(run, tmp_path, documents, monkeypatch
     assert (tmp_path / "many" / "table.txt").read_text() == (tmp_path / "few" / "table.txt").read_text()
 
 
-def test_documents_with_odd_names_and_contents(run, tmp_path, capsys):
+def test_documents_with_odd_names_and_contents(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
     folder = tmp_path / "odd"
     folder.mkdir()
     contents = [b"", b"x", b"\r\n" * 9, b"\xff\xfe\x80", b"\0" * 20, b"words and words", "é漢字".encode()[:-1]]
