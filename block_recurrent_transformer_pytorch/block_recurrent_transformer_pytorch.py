@@ -1850,9 +1850,17 @@ class BlockRecurrentTransformer(nn.Module):
         if not 0 <= memories.blocks <= config.reach:
             raise ValueError(f"xl_memories counts blocks={memories.blocks}, this model remembers {config.reach}")
         place = memories.place
-        if isinstance(place, Tensor) and place.shape != (batch,):
-            raise ValueError(f"xl_memories: place must be ({batch},), one for each row of x, not {describe(place)}")
-        for row in [place] if isinstance(place, int) else place.tolist():
+        for name, value, other in (("place", place, int), ("ahead", memories.ahead, type(None))):
+            is_rows = isinstance(value, Tensor) and value.shape == (batch,) and value.dtype == torch.int64
+            if not isinstance(value, other) and not is_rows:
+                raise ValueError(
+                    f"xl_memories: {name} must be ({batch},) int64, one for each row of x, not {describe(value)}"
+                )
+        ahead = memories.ahead
+        if ahead is not None and ahead.device.type == "cpu" and not torch.compiler.is_compiling():
+            if int(ahead.min()) < 0:
+                raise ValueError(f"xl_memories: ahead={ahead.tolist()} must be at least 0")
+        for row in place.tolist() if isinstance(place, Tensor) else [place]:
             if not 0 <= row < config.block_width:
                 raise ValueError(f"xl_memories stands at place {row} of a block of {config.block_width}")
 

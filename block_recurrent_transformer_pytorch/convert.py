@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def from_lucidrains(
     depth = 1 + max((int(m[1]) for m in map(re.compile(r"layers\.(\d+)\.").match, theirs.left) if m), default=-1)
     if depth < 1:
         raise ValueError("state_dict holds no layers.N entries: not a BlockRecurrentTransformer of version 0.4.4")
-    inner, dim = theirs["layers.0.0.to_q.weight"].shape
+    inner, dim = theirs.matrix("layers.0.0.to_q.weight").shape
     dim_head = theirs["layers.0.0.to_kv.weight"].shape[0] // 2
     writes = [n + 1 for n in range(depth) if f"layers.{n}.0.state_container.init_state" in theirs.left]
     counts = [theirs[f"layers.{n}.0.to_out.weight"].shape[1] // inner - 1 for n in range(depth)]
@@ -69,14 +69,26 @@ def from_lucidrains(
 def find_reads(writes: tuple[int, ...], counts: list[int], given: tuple[int, ...] | None) -> tuple[int, ...]:
     """The layer where each state is read: `given`, or the only choice with `counts[n]` reads at layer n + 1."""
     wanted = tuple(n for n, count in enumerate(counts, start=1) for _ in range(count))
-    choices = {reads for reads in itertools.permutations(wanted) if all(r <= w for r, w in zip(reads, writes))}
     if given is not None:
-        if tuple(given) not in choices or len(given) != len(writes):
+        if sorted(given) != list(wanted) or len(given) != len(writes) or any(r > w for r, w in zip(given, writes)):
             raise ValueError(f"read_recurrent_layers={given}, and the state_dict reads its states at layers {wanted}")
         return tuple(given)
-    if len(choices) != 1 or len(wanted) != len(writes):
-        raise ValueError(f"read_recurrent_layers must be given: states of layers {writes}, read as {sorted(choices)}?")
-    return choices.pop()
+    can_fit = len(wanted) == len(writes) and all(r <= w for r, w in zip(wanted, sorted(writes)))
+    choices = list(itertools.islice(fitting_reads(writes, wanted), 2)) if can_fit else []
+    if len(choices) != 1:
+        raise ValueError(f"read_recurrent_layers must be given: states of layers {writes}, read as {choices}?")
+    return choices[0]
+
+
+def fitting_reads(writes: tuple[int, ...], wanted: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Orders of the layers `wanted`, ascending, in which no state is read above the layer that writes it."""
+    if not writes:
+        yield ()
+    lowest = min(range(len(writes)), key=writes.__getitem__, default=0)  # has the fewest places to be read
+    for read in sorted({read for read in wanted if writes and read <= writes[lowest]}):
+        at = wanted.index(read)
+        for others in fitting_reads(writes[:lowest] + writes[lowest + 1 :], wanted[:at] + wanted[at + 1 :]):
+            yield (*others[:lowest], read, *others[lowest:])
 
 
 def lucidrains_layer(theirs: Entries, n: int, has_compressed: bool) -> dict[str, Tensor]:
@@ -129,11 +141,11 @@ def from_meliad(params: Mapping[str, Any], *, window_length: int) -> tuple[dict[
     """
     if window_length < 1:
         raise ValueError(f"window_length must be at least 1, not {window_length}")
-    theirs = Entries({path: torch.as_tensor(array) for path, array in params.items()}, "params")
+    theirs = Entries({path: as_tensor(path, array) for path, array in params.items()}, "params")
     depth = 1 + max((int(m[1]) for m in map(re.compile(r"transformer(\d+)/").match, theirs.left) if m), default=-1)
     if depth < 1:
         raise ValueError("params holds no transformerN/ paths: not a language model of the authors' code")
-    num_tokens, _ = theirs["embed/embedding"].shape
+    num_tokens, _ = theirs.matrix("embed/embedding").shape
     writes = [n for n in range(depth) if f"transformer{n}/recurrent_initial_state" in theirs.left]
     others = [n for n in range(depth) if n not in writes]
     options = {
@@ -152,15 +164,22 @@ def from_meliad(params: Mapping[str, Any], *, window_length: int) -> tuple[dict[
     return options, ours
 
 
+def as_tensor(path: str, array: Any) -> Tensor:
+    try:
+        return torch.as_tensor(array)
+    except (RuntimeError, TypeError, ValueError) as error:  # torch's words for what is no array
+        raise ValueError(f"params: {path} must be an array, not {type(array).__name__}") from error
+
+
 def meliad_layer_options(theirs: Entries, path: str, recurrent: str) -> dict[str, Any]:
     """Sizes and options that the paths of one layer tell, and of a recurrent one (\"\" without)."""
-    dim, inner = theirs[f"{path}tbase/_kvq/queries_layer/kernel"].shape
-    heads = theirs[f"{path}relative_positions/rel_embedding"].shape[0]
+    dim, inner = theirs.matrix(f"{path}tbase/_kvq/queries_layer/kernel").shape
+    heads = theirs.matrix(f"{path}relative_positions/rel_embedding").shape[0]
     normalised = f"{path}tbase/_kvq/attention_scale" in theirs.left
     options: dict[str, Any] = {
         "dim": dim, "heads": heads, "kv_heads": heads, "dim_head": inner // heads,
-        "ff_dim": theirs[f"{path}tbase/ffn/hidden0/kernel"].shape[1], "qk_norm": "head" if normalised else "none",
-        "all_layers_qk_rmsnorm": normalised, **OPTIONS,
+        "ff_dim": theirs.matrix(f"{path}tbase/ffn/hidden0/kernel").shape[1],
+        "qk_norm": "head" if normalised else "none", "all_layers_qk_rmsnorm": normalised, **OPTIONS,
     }  # fmt: skip
     if recurrent:
         options["num_state_vectors"] = theirs[f"{recurrent}recurrent_initial_state"].shape[0]
@@ -181,12 +200,21 @@ def meliad_layer(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:
     """One layer of the authors' code at `path`, under our names that begin with `ours`."""
 
     def kernel(name: str) -> Tensor:
+        theirs.matrix(f"{path}{name}/kernel")
         return theirs.take(f"{path}{name}/kernel").T.contiguous()
+
+    def keys_and_values(part: str) -> Tensor:
+        k, v = kernel(f"{part}/keys_layer"), kernel(f"{part}/values_layer")
+        if k.shape != v.shape:
+            raise ValueError(
+                f"params: {path}{part}/keys_layer/kernel is {tuple(k.T.shape)}, values_layer/kernel {tuple(v.T.shape)}"
+            )
+        return torch.cat((k, v))
 
     out = {
         "norm.weight": theirs.take(f"{path}tbase/_kvq/pre_attn_layernorm/scale"),
         "to_q.weight": kernel("tbase/_kvq/queries_layer"),
-        "to_kv.weight": torch.cat((kernel("tbase/_kvq/keys_layer"), kernel("tbase/_kvq/values_layer"))),
+        "to_kv.weight": keys_and_values("tbase/_kvq"),
         "to_out.weight": kernel("tbase/post_attn_mlp/output_layer"),
         "position_bias.table": theirs.take(f"{path}relative_positions/rel_embedding"),
         "feed_forward.norm.weight": theirs.take(f"{path}tbase/pre_ffn_layernorm/scale"),
@@ -203,7 +231,7 @@ def meliad_layer(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:
             "cell.initial": theirs.take(f"{path}recurrent_initial_state"),
             "cell.ids": theirs.take(f"{path}{cell}_kvq/position_embeddings"),
             "cell.norm.weight": theirs.take(f"{path}{cell}_kvq/pre_attn_layernorm/scale"),
-            "cell.to_kv.weight": torch.cat((kernel(f"{cell}_kvq/keys_layer"), kernel(f"{cell}_kvq/values_layer"))),
+            "cell.to_kv.weight": keys_and_values(f"{cell}_kvq"),
             "cell.to_self_q.weight": kernel(f"{cell}_kvq/queries_layer"),
             "cell.to_cross_q.weight": kernel(f"{cell}_kvq/queries2_layer"),
         }
@@ -225,12 +253,14 @@ def meliad_layer(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:
 
 def meliad_gated(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:
     """The last map of an MLP of the state side, and its gate."""
+    theirs.matrix(f"{path}output_layer/kernel")
     out = {f"{ours}to_candidate.weight": theirs.take(f"{path}output_layer/kernel").T.contiguous()}
     if f"{path}gate_bias" in theirs.left:
         out[f"{ours}gate.keep"] = theirs.take(f"{path}gate_bias")
     names = {"forget_gate": "to_forget", "input_gate": "to_input", "gate_layer": "to_keep"}
     for name, linear in names.items():
         if f"{path}{name}/kernel" in theirs.left:
+            theirs.matrix(f"{path}{name}/kernel")
             out[f"{ours}gate.{linear}.weight"] = theirs.take(f"{path}{name}/kernel").T.contiguous()
             out[f"{ours}gate.{linear}.bias"] = theirs.take(f"{path}{name}/bias")
     return out
@@ -246,6 +276,11 @@ class Entries:
         if name not in self.left:
             raise ValueError(f"{self.argument} lacks {name}")
         return self.left[name]
+
+    def matrix(self, name: str) -> Tensor:
+        if self[name].ndim != 2:
+            raise ValueError(f"{self.argument}: {name} has the shape {tuple(self[name].shape)}, and must have two axes")
+        return self[name]
 
     def get(self, name: str) -> Tensor | None:
         return self.left.get(name)

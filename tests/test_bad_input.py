@@ -249,6 +249,16 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "memories at a place outside the block": (
         forward(xl_memories=MEMORIES._replace(place=4)), ("xl_memories", "place 4", "4"),
     ),
+    "memories at a float place": (forward(xl_memories=MEMORIES._replace(place=1.5)), ("xl_memories", "place", 1.5)),
+    "memories at float places": (
+        forward(xl_memories=MEMORIES._replace(place=torch.tensor([1.0, 2.0]))), ("xl_memories", "place", "float32"),
+    ),
+    "too few rows ahead": (
+        forward(xl_memories=MEMORIES._replace(ahead=torch.tensor([1]))), ("xl_memories", "ahead", "(2,)", "(1,)"),
+    ),
+    "a negative number ahead": (
+        forward(xl_memories=MEMORIES._replace(ahead=torch.tensor([-5, 0]))), ("xl_memories", "ahead", "[-5, 0]"),
+    ),
     "memories at a negative place": (forward(xl_memories=MEMORIES._replace(place=-1)), ("xl_memories", "place -1")),
     "memories at too few places": (
         forward(xl_memories=MEMORIES._replace(place=torch.tensor([1]))), ("xl_memories", "place", "(1,)", "(2,)"),
@@ -564,6 +574,17 @@ LOADERS: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "meliad: an entry of another shape": (
         from_meliad({**MELIAD, "transformer2/tbase/pre_ffn_layernorm/scale": np.zeros(5, dtype=np.float32)}),
         ("params", "layers.2.feed_forward.norm.weight", "(5,)", "(32,)"),
+    ),
+    "meliad: a kernel of one axis": (
+        from_meliad({**MELIAD, "transformer0/tbase/ffn/hidden0/kernel": np.zeros(5, dtype=np.float32)}),
+        ("params", "transformer0/tbase/ffn/hidden0/kernel", "(5,)"),
+    ),
+    "meliad: keys of one axis": (
+        from_meliad({**MELIAD, "transformer0/tbase/_kvq/keys_layer/kernel": np.zeros(5, dtype=np.float32)}),
+        ("params", "transformer0/tbase/_kvq/keys_layer/kernel", "(5,)"),
+    ),
+    "meliad: no array": (
+        from_meliad({**MELIAD, "embed/embedding": None}), ("params", "embed/embedding", "NoneType"),
     ),
     "meliad: window_length 0": (from_meliad(MELIAD, 0), ("window_length", 0)),
     "meliad: window_length float": (from_meliad(MELIAD, 8.0), ("window_length", 8.0)),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, convert
 
 ARRAYS = np.load(Path(__file__).parent / "golden" / "lucidrains.npz")
 CASES = sorted({key.split("/")[0] for key in ARRAYS.files})
@@ -70,3 +70,13 @@ def test_cutting_the_stream_inside_blocks_changes_nothing():
             pieces.append(out)
     theirs = torch.from_numpy(ARRAYS["default/logits/0"])
     assert (torch.cat(pieces, dim=1) - theirs).abs().max() < 1e-8 * theirs.std()
+
+
+def test_many_recurrent_layers_are_told_apart_at_once():
+    """An enumeration of all orders would take hours."""
+    layers = tuple(range(1, 25))
+    assert convert.find_reads(layers, [1] * 24, None) == convert.find_reads(layers, [1] * 24, layers) == layers
+    assert convert.find_reads((3, 1, 2), [1, 1, 1], None) == (3, 1, 2)
+    for writes, counts in [((2, 3), [1, 1, 0]), (tuple(range(1, 25)), [0] * 23 + [24]), ((1, 2), [2, 1])]:
+        with pytest.raises(ValueError, match="read_recurrent_layers must be given"):
+            convert.find_reads(writes, counts, None)
