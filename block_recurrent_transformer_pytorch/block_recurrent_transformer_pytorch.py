@@ -1857,9 +1857,9 @@ class BlockRecurrentTransformer(nn.Module):
                     f"xl_memories: {name} must be ({batch},) int64, one for each row of x, not {describe(value)}"
                 )
         ahead = memories.ahead
-        if ahead is not None and ahead.device.type == "cpu" and not torch.compiler.is_compiling():
-            if int(ahead.min()) < 0:
-                raise ValueError(f"xl_memories: ahead={ahead.tolist()} must be at least 0")
+        is_read = self.token_emb.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_read and ahead is not None and int(ahead.min()) < 0:
+            raise ValueError(f"xl_memories: ahead={ahead.tolist()} must be at least 0")
         for row in place.tolist() if isinstance(place, Tensor) else [place]:
             if not 0 <= row < config.block_width:
                 raise ValueError(f"xl_memories stands at place {row} of a block of {config.block_width}")
