@@ -32,10 +32,11 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -143,9 +144,6 @@ class Config:
     def _default_ff_dim(self) -> int:
         return int(self.dim * self.ff_mult * (2 / 3 if self.ff_activation == "geglu" else 1))
 
-    def _normalised_everywhere(self) -> bool:
-        return self.all_layers_qk_rmsnorm or len(self.recurrent_layers) == self.depth
-
     def _check_numbers(self) -> None:
         for name in ("num_tokens", "dim", "depth", "dim_head", "heads", "kv_heads", "ff_dim", "max_seq_len",
                      "block_width", "num_state_vectors", "compressed_mem_factor"):  # fmt: skip
@@ -177,6 +175,7 @@ class Config:
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Options that cannot go together."""
         full_memory = self.num_xl_blocks > 0 and self.xl_layers == tuple(range(1, self.depth + 1))
+        all_normalised = self.all_layers_qk_rmsnorm or len(self.recurrent_layers) == self.depth
         sliding, compressed = self.attention_window == "sliding", self.use_compressed_mem
         return [
             (self.enhanced_recurrence and compressed,
@@ -184,7 +183,7 @@ class Config:
             (self.enhanced_recurrence and not full_memory,
              f"enhanced_recurrence=True needs equal memories in all layers, not xl_layers={self.xl_layers} "
              f"with num_xl_blocks={self.num_xl_blocks}"),
-            (self.enhanced_recurrence and self.qk_norm == "head" and not self._normalised_everywhere(),
+            (self.enhanced_recurrence and self.qk_norm == "head" and not all_normalised,
              "enhanced_recurrence=True hands keys down between layers, and qk_norm='head' stores them normalised: "
              f"all layers must be, with all_layers_qk_rmsnorm=True (recurrent_layers={self.recurrent_layers})"),
             (sliding and self.num_xl_blocks > 1,
@@ -1286,10 +1285,10 @@ class BlockRecurrentTransformer(nn.Module):
         choice. The logits of normalised queries and keys are divided by sqrt(dim_head), as 0.4.4 does. In eval mode,
         on the device and of the type of the arrays.
         """
-        options, weights = convert.from_lucidrains(
+        options, weights, sources = convert.from_lucidrains(
             state_dict, max_seq_len=max_seq_len, block_width=block_width, read_recurrent_layers=read_recurrent_layers
         )
-        return cls.from_weights(Config(**options), weights, "state_dict")
+        return cls.from_weights(Config(**options), weights, "state_dict", sources)
 
     @classmethod
     @typechecked
@@ -1299,21 +1298,25 @@ class BlockRecurrentTransformer(nn.Module):
         Sizes and variant are read from the paths (those of a checkpoint, joined by "/"). In eval mode, of the type of
         the arrays. Segments of any length; the block is `window_length`.
         """
-        options, weights = convert.from_meliad(params, window_length=window_length)
-        return cls.from_weights(Config(**options), weights, "params")
+        options, weights, sources = convert.from_meliad(params, window_length=window_length)
+        return cls.from_weights(Config(**options), weights, "params", sources)
 
     @classmethod
     def from_weights(
-        cls, config: Config, weights: dict[str, Tensor], argument: str = "weights"
-    ) -> BlockRecurrentTransformer:
-        """A model in eval mode with these weights, on their device and of their type; errors speak of `argument`."""
+        cls, config: Config, weights: dict[str, Tensor], argument: str = "weights",
+        sources: Mapping[str, str] = MappingProxyType({}),
+    ) -> BlockRecurrentTransformer:  # fmt: skip
+        """A model in eval mode with these weights, on their device and of their type.
+
+        Errors speak of `argument`, and of the entries in it from which ours were made, `sources`.
+        """
         like = weights["token_emb.weight"]
         with torch.device("meta"):
             model = cls(config)
         for name, wanted in model.state_dict().items():
             if name in weights and weights[name].shape != wanted.shape:
                 raise ValueError(
-                    f"{argument}: what becomes {name} has the shape {tuple(weights[name].shape)}, "
+                    f"{argument}: {sources.get(name, name)} gives {name} the shape {tuple(weights[name].shape)}, "
                     f"a model of dim={config.dim} needs {tuple(wanted.shape)}"
                 )
         model = model.to(like.dtype).to_empty(device=like.device)
@@ -1392,6 +1395,8 @@ class BlockRecurrentTransformer(nn.Module):
             ValueError: token ids out of range, empty input, values carried over from another model, batch, device or
                 type, or arguments that do not go together.
         """
+        if overwrite and torch.is_grad_enabled():
+            raise ValueError("overwrite=True goes without gradients: call the model under torch.no_grad()")
         targets = None
         if return_loss:
             x, targets = self.shifted(x, logits_to_keep, return_hidden)
@@ -1402,8 +1407,6 @@ class BlockRecurrentTransformer(nn.Module):
         memories, states = self.reset_rows(memories, states, reset, reset_states)
         pieces, (place, blocks, ahead) = self.pieces(n, memories, lengths)
         if overwrite:
-            if torch.is_grad_enabled():
-                raise ValueError("overwrite=True goes without gradients: call the model under torch.no_grad()")
             pieces = [piece._replace(overwrite=True) for piece in pieces]
 
         hidden, layers, states = self.read(self.emb_dropout(self.token_emb(x)), memories, states, pieces)

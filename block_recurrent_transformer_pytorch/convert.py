@@ -1,4 +1,4 @@
-"""Weights of other implementations: what config they have, and their arrays under our names. Pure functions."""
+"""Weights of other implementations: what config they have, and their arrays under our names."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .paper import OPTIONS
 def from_lucidrains(
     state_dict: Mapping[str, Tensor], *, max_seq_len: int, block_width: int,
     read_recurrent_layers: tuple[int, ...] | None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The options and the state dict of our model for a state dict of version 0.4.4.
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """The options and the state dict of our model for a state dict of version 0.4.4, and whence each entry comes.
 
     Its attention divides the logits of normalised queries and keys by sqrt(dim_head), and the options say so. Its
     two maps after the states' attention, one behind the other, become one; its gate keeps 1 - sigmoid(beta).
@@ -50,20 +50,19 @@ def from_lucidrains(
     if convolution is not None:
         options["compressed_mem_factor"] = convolution.shape[2]
 
-    ours = {
-        "token_emb.weight": theirs.take("token_emb.weight"), "norm.weight": theirs.take("to_logits.0.gamma"),
-        "to_logits.weight": theirs.take("to_logits.1.weight"),
-    }  # fmt: skip
+    theirs.move("token_emb.weight", "token_emb.weight")
+    theirs.move("to_logits.0.gamma", "norm.weight")
+    theirs.move("to_logits.1.weight", "to_logits.weight")
     for n in range(depth):
-        ours |= lucidrains_layer(theirs, n, convolution is not None)
+        lucidrains_layer(theirs, n, convolution is not None)
     for write, read in zip(writes, reads):
         here = [w for w, r in sorted(zip(writes, reads)) if r == read].index(write)
-        ours |= lucidrains_state(theirs, write - 1, f"layers.{read - 1}", here, dim_head)
+        lucidrains_state(theirs, write - 1, f"layers.{read - 1}", here, dim_head)
     for name in [name for name in theirs.left if name.endswith("beta")]:
         if theirs.take(name).any():
             raise ValueError(f"state_dict entry {name} is not zero, and the norms of version 0.4.4 have no bias")
     theirs.check_empty()
-    return options, ours
+    return options, theirs.ours, theirs.sources
 
 
 def find_reads(writes: tuple[int, ...], counts: list[int], given: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -84,14 +83,15 @@ def fitting_reads(writes: tuple[int, ...], wanted: tuple[int, ...]) -> Iterator[
     """Orders of the layers `wanted`, ascending, in which no state is read above the layer that writes it."""
     if not writes:
         yield ()
-    lowest = min(range(len(writes)), key=writes.__getitem__, default=0)  # has the fewest places to be read
-    for read in sorted({read for read in wanted if writes and read <= writes[lowest]}):
+        return
+    lowest = min(range(len(writes)), key=writes.__getitem__)  # has the fewest places to be read
+    for read in sorted({read for read in wanted if read <= writes[lowest]}):
         at = wanted.index(read)
         for others in fitting_reads(writes[:lowest] + writes[lowest + 1 :], wanted[:at] + wanted[at + 1 :]):
             yield (*others[:lowest], read, *others[lowest:])
 
 
-def lucidrains_layer(theirs: Entries, n: int, has_compressed: bool) -> dict[str, Tensor]:
+def lucidrains_layer(theirs: Entries, n: int, has_compressed: bool) -> None:
     names = {
         "norm.weight": f"layers.{n}.0.norm.gamma", "to_q.weight": f"layers.{n}.0.to_q.weight",
         "to_kv.weight": f"layers.{n}.0.to_kv.weight", "to_out.weight": f"layers.{n}.0.to_out.weight",
@@ -103,10 +103,11 @@ def lucidrains_layer(theirs: Entries, n: int, has_compressed: bool) -> dict[str,
         names |= {f"heads_norm.{x}_scale": f"layers.{n}.0.attn.{x}_scale" for x in "qk"}
     if has_compressed:
         names |= {f"compressor.conv.{x}": f"mem_manager.layers.{n}.1.1.{x}" for x in ("weight", "bias")}
-    return {f"layers.{n}.{ours}": theirs.take(name) for ours, name in names.items()}
+    for ours, name in names.items():
+        theirs.move(name, f"layers.{n}.{ours}")
 
 
-def lucidrains_state(theirs: Entries, n: int, reader: str, here: int, dim_head: int) -> dict[str, Tensor]:
+def lucidrains_state(theirs: Entries, n: int, reader: str, here: int, dim_head: int) -> None:
     """The state container of layer n (from 0), read in the layer `reader` as the state number `here`."""
     container = f"layers.{n}.0.state_container"
     names = {
@@ -116,25 +117,28 @@ def lucidrains_state(theirs: Entries, n: int, reader: str, here: int, dim_head: 
         **{f"self_norm.{x}_scale": f"state_self_attn.{x}_scale" for x in "qk"},
         **{f"cross_norm.{x}_scale": f"from_state_cross_attn.{x}_scale" for x in "qk"},
     }  # fmt: skip
-    ours = {f"layers.{n}.cell.{name}": theirs.take(f"{container}.{other}") for name, other in names.items()}
-    first = theirs.take(f"{container}.to_state_out.weight")
+    for ours, name in names.items():
+        theirs.move(f"{container}.{name}", f"layers.{n}.cell.{ours}")
+    maps = f"{container}.to_state_out.weight", f"{container}.state_out_to_gate.weight"
+    first, second = map(theirs.take, maps)
     first = rearrange(first, "d (h two e) -> d (two h e)", two=2, e=dim_head)  # [self ; cross], there within each head
-    second = theirs.take(f"{container}.state_out_to_gate.weight")
     update = f"layers.{n}.cell.update"
-    ours[f"{update}.to_candidate.weight"] = (second.double() @ first.double()).to(first.dtype)
-    ours[f"{update}.to_candidate.bias"] = theirs.take(f"{container}.state_out_to_gate.bias")
-    ours[f"{update}.gate.keep"] = -theirs.take(f"{container}.learned_ema_beta")
-    ours[f"{reader}.to_read_q.{here}.weight"] = theirs.take(f"{container}.q_to_state.weight")
+    theirs.put(f"{update}.to_candidate.weight", (second.double() @ first.double()).to(first.dtype), *maps)
+    theirs.move(f"{container}.state_out_to_gate.bias", f"{update}.to_candidate.bias")
+    theirs.put(f"{update}.gate.keep", -theirs.take(f"{container}.learned_ema_beta"), f"{container}.learned_ema_beta")
+    theirs.move(f"{container}.q_to_state.weight", f"{reader}.to_read_q.{here}.weight")
     for x in "qk":
-        ours[f"{reader}.read_norm.{here}.{x}_scale"] = theirs.take(f"{container}.to_state_cross_attn.{x}_scale")
-    return ours
+        theirs.move(f"{container}.to_state_cross_attn.{x}_scale", f"{reader}.read_norm.{here}.{x}_scale")
 
 
 # ------------------------------------------------------------------------------------------- the authors' code (meliad)
 
 
-def from_meliad(params: Mapping[str, Any], *, window_length: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The options and the state dict of our model for parameters of the paper's own code, `path -> array`.
+def from_meliad(
+    params: Mapping[str, Any], *, window_length: int
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """The options and the state dict of our model for parameters of the paper's own code, `path -> array`, and whence
+    each entry comes.
 
     Raises:
         ValueError: paths are missing, unknown, or describe something that the code's published settings do not.
@@ -154,14 +158,12 @@ def from_meliad(params: Mapping[str, Any], *, window_length: int) -> tuple[dict[
         "block_feedback": bool(writes) and any(f"transformer{n}/tbase/attention_scale2" in theirs.left for n in others),
         **meliad_layer_options(theirs, "transformer0/", f"transformer{writes[0]}/" if writes else ""),
     }  # fmt: skip
-    ours = {
-        "token_emb.weight": theirs.take("embed/embedding"),
-        "norm.weight": theirs.take("final_layernorm/scale"),
-    }
+    theirs.move("embed/embedding", "token_emb.weight")
+    theirs.move("final_layernorm/scale", "norm.weight")
     for n in range(depth):
-        ours |= meliad_layer(theirs, f"transformer{n}/", f"layers.{n}.")
+        meliad_layer(theirs, f"transformer{n}/", f"layers.{n}.")
     theirs.check_empty()
-    return options, ours
+    return options, theirs.ours, theirs.sources
 
 
 def as_tensor(path: str, array: Any) -> Tensor:
@@ -196,81 +198,81 @@ def meliad_layer_options(theirs: Entries, path: str, recurrent: str) -> dict[str
     return options
 
 
-def meliad_layer(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:
+def meliad_layer(theirs: Entries, path: str, ours: str) -> None:
     """One layer of the authors' code at `path`, under our names that begin with `ours`."""
-
-    def kernel(name: str) -> Tensor:
-        theirs.matrix(f"{path}{name}/kernel")
-        return theirs.take(f"{path}{name}/kernel").T.contiguous()
-
-    def keys_and_values(part: str) -> Tensor:
-        k, v = kernel(f"{part}/keys_layer"), kernel(f"{part}/values_layer")
-        if k.shape != v.shape:
-            raise ValueError(
-                f"params: {path}{part}/keys_layer/kernel is {tuple(k.T.shape)}, values_layer/kernel {tuple(v.T.shape)}"
-            )
-        return torch.cat((k, v))
-
-    out = {
-        "norm.weight": theirs.take(f"{path}tbase/_kvq/pre_attn_layernorm/scale"),
-        "to_q.weight": kernel("tbase/_kvq/queries_layer"),
-        "to_kv.weight": keys_and_values("tbase/_kvq"),
-        "to_out.weight": kernel("tbase/post_attn_mlp/output_layer"),
-        "position_bias.table": theirs.take(f"{path}relative_positions/rel_embedding"),
-        "feed_forward.norm.weight": theirs.take(f"{path}tbase/pre_ffn_layernorm/scale"),
-        "feed_forward.hidden.to_hidden.weight": kernel("tbase/ffn/hidden0"),
-        "feed_forward.to_out.weight": kernel("tbase/ffn/output_layer"),
+    arrays = {
+        "norm.weight": "tbase/_kvq/pre_attn_layernorm/scale",
+        "position_bias.table": "relative_positions/rel_embedding",
+        "feed_forward.norm.weight": "tbase/pre_ffn_layernorm/scale",
+    }
+    kernels = {
+        "to_q.weight": "tbase/_kvq/queries_layer",
+        "to_out.weight": "tbase/post_attn_mlp/output_layer",
+        "feed_forward.hidden.to_hidden.weight": "tbase/ffn/hidden0",
+        "feed_forward.to_out.weight": "tbase/ffn/output_layer",
     }
     scales = {"heads_norm": "tbase/_kvq/attention_scale", "read_norm.0": "tbase/attention_scale2"}
+    meliad_keys_and_values(theirs, f"{path}tbase/_kvq", f"{ours}to_kv.weight")
     if f"{path}tbase/_kvq/queries2_layer/kernel" in theirs.left:
-        out["to_read_q.0.weight"] = kernel("tbase/_kvq/queries2_layer")
+        kernels["to_read_q.0.weight"] = "tbase/_kvq/queries2_layer"
     if f"{path}recurrent_initial_state" in theirs.left:
         cell = "recurrent_tbase/"
         scales |= {"cell.self_norm": f"{cell}_kvq/attention_scale", "cell.cross_norm": f"{cell}attention_scale2"}
-        out |= {
-            "cell.initial": theirs.take(f"{path}recurrent_initial_state"),
-            "cell.ids": theirs.take(f"{path}{cell}_kvq/position_embeddings"),
-            "cell.norm.weight": theirs.take(f"{path}{cell}_kvq/pre_attn_layernorm/scale"),
-            "cell.to_kv.weight": keys_and_values(f"{cell}_kvq"),
-            "cell.to_self_q.weight": kernel(f"{cell}_kvq/queries_layer"),
-            "cell.to_cross_q.weight": kernel(f"{cell}_kvq/queries2_layer"),
+        arrays |= {
+            "cell.initial": "recurrent_initial_state",
+            "cell.ids": f"{cell}_kvq/position_embeddings",
+            "cell.norm.weight": f"{cell}_kvq/pre_attn_layernorm/scale",
         }
+        kernels |= {
+            "cell.to_self_q.weight": f"{cell}_kvq/queries_layer",
+            "cell.to_cross_q.weight": f"{cell}_kvq/queries2_layer",
+        }
+        meliad_keys_and_values(theirs, f"{path}{cell}_kvq", f"{ours}cell.to_kv.weight")
         has_attention_mlp = f"{path}{cell}post_attn_mlp/output_layer/kernel" in theirs.left
         has_ffn = f"{path}{cell}ffn/output_layer/kernel" in theirs.left
         if has_attention_mlp:
             prefix = "cell.update.attention." if has_ffn else "cell.update."
-            out |= meliad_gated(theirs, f"{path}{cell}post_attn_mlp/", prefix)
+            meliad_gated(theirs, f"{path}{cell}post_attn_mlp/", ours + prefix)
         if has_ffn:
-            out |= meliad_gated(theirs, f"{path}{cell}ffn/", "cell.update.")
-            out["cell.update.hidden.to_hidden.weight"] = kernel(f"{cell}ffn/hidden0")
+            meliad_gated(theirs, f"{path}{cell}ffn/", f"{ours}cell.update.")
+            kernels["cell.update.hidden.to_hidden.weight"] = f"{cell}ffn/hidden0"
         if has_ffn and has_attention_mlp:
-            out["cell.update.norm.weight"] = theirs.take(f"{path}{cell}pre_ffn_layernorm/scale")
-    for name, scale in scales.items():
-        if f"{path}{scale}" in theirs.left:
-            out[f"{name}.head_scale"] = theirs.take(f"{path}{scale}")
-    return {ours + name: value for name, value in out.items()}
+            arrays["cell.update.norm.weight"] = f"{cell}pre_ffn_layernorm/scale"
+    arrays |= {f"{name}.head_scale": scale for name, scale in scales.items() if f"{path}{scale}" in theirs.left}
+    for name, array in arrays.items():
+        theirs.move(path + array, ours + name)
+    for name, kernel in kernels.items():
+        theirs.move_kernel(f"{path}{kernel}/kernel", ours + name)
 
 
-def meliad_gated(theirs: Entries, path: str, ours: str) -> dict[str, Tensor]:
+def meliad_keys_and_values(theirs: Entries, path: str, ours: str) -> None:
+    """Two maps that are one of ours."""
+    names = f"{path}/keys_layer/kernel", f"{path}/values_layer/kernel"
+    k, v = map(theirs.matrix, names)
+    if k.shape != v.shape:
+        raise ValueError(f"params: {names[0]} is {tuple(k.shape)}, {names[1]} {tuple(v.shape)}")
+    theirs.put(ours, torch.cat([theirs.take(name).T for name in names]), *names)
+
+
+def meliad_gated(theirs: Entries, path: str, ours: str) -> None:
     """The last map of an MLP of the state side, and its gate."""
-    theirs.matrix(f"{path}output_layer/kernel")
-    out = {f"{ours}to_candidate.weight": theirs.take(f"{path}output_layer/kernel").T.contiguous()}
+    theirs.move_kernel(f"{path}output_layer/kernel", f"{ours}to_candidate.weight")
     if f"{path}gate_bias" in theirs.left:
-        out[f"{ours}gate.keep"] = theirs.take(f"{path}gate_bias")
+        theirs.move(f"{path}gate_bias", f"{ours}gate.keep")
     names = {"forget_gate": "to_forget", "input_gate": "to_input", "gate_layer": "to_keep"}
     for name, linear in names.items():
         if f"{path}{name}/kernel" in theirs.left:
-            theirs.matrix(f"{path}{name}/kernel")
-            out[f"{ours}gate.{linear}.weight"] = theirs.take(f"{path}{name}/kernel").T.contiguous()
-            out[f"{ours}gate.{linear}.bias"] = theirs.take(f"{path}{name}/bias")
-    return out
+            theirs.move_kernel(f"{path}{name}/kernel", f"{ours}gate.{linear}.weight")
+            theirs.move(f"{path}{name}/bias", f"{ours}gate.{linear}.bias")
 
 
 class Entries:
-    """Arrays by name, each to be taken once; what is missing or left over is a ValueError."""
+    """Arrays by name, each to be taken once and put under a name of ours; what is missing or left is a ValueError."""
 
     def __init__(self, entries: dict[str, Tensor], argument: str) -> None:
         self.left, self.argument = entries, argument
+        self.ours: dict[str, Tensor] = {}
+        self.sources: dict[str, str] = {}  # our name: theirs
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.left:
@@ -289,6 +291,17 @@ class Entries:
         value = self[name]
         del self.left[name]
         return value.detach().clone()
+
+    def put(self, ours: str, value: Tensor, *names: str) -> None:
+        self.ours[ours], self.sources[ours] = value, " and ".join(names)
+
+    def move(self, name: str, ours: str) -> None:
+        self.put(ours, self.take(name), name)
+
+    def move_kernel(self, name: str, ours: str) -> None:
+        """A matrix that is multiplied from the other side there."""
+        self.matrix(name)
+        self.put(ours, self.take(name).T.contiguous(), name)
 
     def check_empty(self) -> None:
         if self.left:

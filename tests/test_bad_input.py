@@ -542,7 +542,7 @@ LOADERS: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     ),
     "lucidrains: an entry of another shape": (
         from_lucidrains({**LUCIDRAINS, "layers.1.0.to_kv.weight": torch.zeros(16, 8)}),
-        ("state_dict", "layers.1.to_kv.weight", "(16, 8)", "(8, 8)"),
+        ("state_dict", "layers.1.0.to_kv.weight", "(16, 8)", "(8, 8)"),
     ),
     "lucidrains: ambiguous reads": (
         from_lucidrains(lucidrains_entries(3, writes=(2, 3), reads=(1, 2))),
@@ -573,7 +573,7 @@ LOADERS: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "meliad: unknown entry": (from_meliad({**MELIAD, "embed/extra": np.zeros(1)}), ("params", "embed/extra")),
     "meliad: an entry of another shape": (
         from_meliad({**MELIAD, "transformer2/tbase/pre_ffn_layernorm/scale": np.zeros(5, dtype=np.float32)}),
-        ("params", "layers.2.feed_forward.norm.weight", "(5,)", "(32,)"),
+        ("params", "transformer2/tbase/pre_ffn_layernorm/scale", "(5,)", "(32,)"),
     ),
     "meliad: a kernel of one axis": (
         from_meliad({**MELIAD, "transformer0/tbase/ffn/hidden0/kernel": np.zeros(5, dtype=np.float32)}),

@@ -65,7 +65,7 @@ def test_a_language_model_gives_the_recorded_numbers(name):
         for n, memory in enumerate(memories.layers):
             state = states.layers[model.cells.index(n + 1)] if n + 1 in model.cells else None
             assert_caches_match(memory, state, record, f"out/transformer{n}/", segment)
-    _, gradients = convert.from_meliad(record.under("grad/"), window_length=WINDOW)
+    _, gradients, _ = convert.from_meliad(record.under("grad/"), window_length=WINDOW)
     parameters = dict(model.named_parameters())
     assert gradients.keys() == parameters.keys()
     for key, gradient in gradients.items():
@@ -122,7 +122,7 @@ def test_a_layer_gives_the_recorded_numbers(name):
         assert_near(xs.grad, record[f"wgrad_xs/{segment}"], 1e-3, what="gradient of xs")
     gradients = record.under("wgrad/", "transformer0/")
     gradients |= {"embed/embedding": torch.zeros(4, 32), "final_layernorm/scale": torch.zeros(32)}
-    _, gradients = convert.from_meliad(gradients, window_length=WINDOW)
+    _, gradients, _ = convert.from_meliad(gradients, window_length=WINDOW)
     for key, parameter in model.named_parameters():
         if key not in ("token_emb.weight", "norm.weight"):
             assert_near(parameter.grad, gradients[key], 1e-3, what=f"gradient of {key}")
