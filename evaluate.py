@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data
+from train import DEVICES, positive
 
 Floats = NDArray[np.float64]
 
@@ -42,7 +43,6 @@ WAYS = {  # name: (states are carried, memories are carried)
     "no XL memory": (True, False),
     "neither": (False, False),
 }
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EDGES = 64 * 2 ** np.arange(15)  # positions 64 ... 1,048,576
 MOST_LOGITS = 2**27  # of a call: rows, tokens and vocabulary multiplied
 MANY_DOCUMENTS = 10  # from so many on, documents are what the bootstrap draws; below, blocks
@@ -79,12 +79,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, help="threads on the CPU; default torch's choice")
     add("--out", metavar="DIR", help="where to write; default evaluation in the run's folder")
     return parser
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

@@ -44,7 +44,6 @@ import numpy as np
 import torch
 from beartype.roar import BeartypeCallHintViolation
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -66,6 +65,7 @@ from block_recurrent_transformer_pytorch import (
     replay,
 )
 from block_recurrent_transformer_pytorch.distributed import Processes
+from block_recurrent_transformer_pytorch.footprint import Footprint, footprint
 
 SET_BY_FLAGS = {  # options of Config that have a flag of their own, or follow from the data
     "num_tokens", "max_seq_len", "block_width", "num_state_vectors", "use_checkpointing", "use_flash_attn", "dim",
@@ -1187,30 +1187,12 @@ def megabytes(count: float) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def measure(options: argparse.Namespace, config: Config, rows: int) -> tuple[int, int, int]:
-    """Parameters, bytes that the backward pass of a segment needs, and bytes of memories and states. Nothing is
-    computed: the tensors have shapes alone, and the kernels are those of the device."""
+def measure(options: argparse.Namespace, config: Config, rows: int) -> Footprint:
+    """The footprint of a segment in the precision of the run."""
+    with autocast(options):
+        found = footprint(config, rows, options.segment, options.device)
     width = 2 if options.precision == "fp64" else 1
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with FakeTensorMode(), autocast(options), torch.device(options.device):
-        model = BlockRecurrentTransformer(Config.from_dict({**asdict(config), "init": "torch"}))
-        model.check_ids = lambda *_: None  # type: ignore[method-assign]  # there are no numbers to look at
-        x = torch.zeros(rows, options.segment + 1, dtype=torch.long)
-        with torch.no_grad():
-            _, memories, states = model(x[:, :-1], logits_to_keep=1)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            held = model(x, xl_memories=memories, states=states, return_loss=True)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-        del held
-    leaves = torch.utils._pytree.tree_leaves((memories, states))
-    carried = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-    return sum(parameter.numel() for parameter in model.parameters()), width * activations, width * carried
+    return Footprint(found.parameters, width * found.activations, width * found.carried)
 
 
 def main(argv: list[str] | None = None) -> int:

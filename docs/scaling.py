@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, paper
+from block_recurrent_transformer_pytorch.footprint import footprint
 from block_recurrent_transformer_pytorch.optim import _factored_dims
 
 PAGE = Path(__file__).with_name("scaling.md")
@@ -229,28 +229,12 @@ def counted(options: dict[str, Any], tokens: int, precision: str) -> int:
             q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
         return Fused.apply(q, k, v, mask)
 
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
     real, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
     try:
-        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            model = BlockRecurrentTransformer(Config(**{**options, "init": "torch"}))
-            model.check_ids = lambda *_: None  # there are no numbers to look at
-            x = torch.zeros(1, tokens + 1, dtype=torch.long)
-            with torch.no_grad():
-                _, memories, states = model(x[:, :-1], logits_to_keep=1)
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                held = model(x, xl_memories=memories, states=states, return_loss=True)
-            own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-            total = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-            del held
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return footprint(Config(**options), rows=1, segment=tokens).activations
     finally:
         F.scaled_dot_product_attention = real
-    return total
 
 
 def comparison(size: str) -> str:
