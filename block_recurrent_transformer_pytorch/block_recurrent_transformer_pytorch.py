@@ -32,7 +32,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -370,6 +370,22 @@ def choose_rows(rows: Tensor, new: KV, old: KV) -> KV:
 # --------------------------------------------------------------------------------------------- 3 norms and feed-forward
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor, draws: bool = False) -> Tensor:
+    """function(*inputs), of which the backward pass keeps the inputs alone.
+
+    For something cheap that a matrix product follows: the product is not computed again, because recomputation ends
+    with what it takes in. `draws` says that the function takes random numbers, and so will the same ones again.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function(*inputs)  # a compiler chooses itself what to keep; torch.func goes without such hooks
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    return result
+
+
 def make_norm(config: Config) -> nn.Module:
     """Layer norm with a gain and no bias, or RMS norm with epsilon 1e-6 inside the root."""
     if config.norm == "layer":
@@ -390,8 +406,16 @@ class HeadsNorm(nn.Module):
         """Keys as they go into a memory; what all the attentions on the same keys share."""
         return k
 
-    def queries(self, q: Tensor) -> Tensor:
+    def unit(self, q: Tensor) -> Tensor:
+        """Normalised queries, without their gains."""
         return q
+
+    def gain(self, q: Tensor) -> Tensor:
+        """Normalised queries times the gains of this attention."""
+        return q
+
+    def queries(self, q: Tensor) -> Tensor:
+        return self.gain(self.unit(q))
 
     def keys(self, k: Tensor) -> Tensor:
         """Stored keys as the queries of this attention meet them."""
@@ -402,13 +426,11 @@ class HeadsNorm(nn.Module):
         return bias
 
 
-def unit(x: Tensor) -> Tensor:
-    """Vectors of length 1, computed in at least fp32; zeros stay zeros."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
-
-
 class ChannelNorm(HeadsNorm):
-    """Unit queries and keys, each times a learned gain per channel; logits times `qk_norm_scale` (0.4.4 meant this)."""
+    """Unit queries and keys, each times a learned gain per channel; logits times `qk_norm_scale` (0.4.4 meant this).
+
+    Lengths are computed in at least fp32; zeros stay zeros.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -416,11 +438,14 @@ class ChannelNorm(HeadsNorm):
         self.q_scale = nn.Parameter(torch.ones(config.dim_head))
         self.k_scale = nn.Parameter(torch.ones(config.dim_head))
 
-    def queries(self, q: Tensor) -> Tensor:
-        return unit(q) * self.q_scale
+    def unit(self, q: Tensor) -> Tensor:
+        return F.normalize(at_least_fp32(q), dim=-1).to(q.dtype)
+
+    def gain(self, q: Tensor) -> Tensor:
+        return q * self.q_scale
 
     def keys(self, k: Tensor) -> Tensor:
-        return unit(k) * self.k_scale
+        return self.unit(k) * self.k_scale
 
 
 class HeadNorm(HeadsNorm):
@@ -431,11 +456,14 @@ class HeadNorm(HeadsNorm):
         self.scale = 1.0
         self.head_scale = nn.Parameter(torch.ones(config.heads))
 
-    def store(self, k: Tensor) -> Tensor:
-        return k * (k.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    def unit(self, q: Tensor) -> Tensor:
+        return q * (q.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
-    def queries(self, q: Tensor) -> Tensor:
-        return self.store(q) * self.head_scale.abs().view(-1, 1, 1)
+    def gain(self, q: Tensor) -> Tensor:
+        return q * self.head_scale.abs().view(-1, 1, 1)
+
+    def store(self, k: Tensor) -> Tensor:
+        return self.unit(k)
 
     def scaled(self, bias: Tensor) -> Tensor:
         return bias * self.head_scale.abs()[:, None]
@@ -444,20 +472,38 @@ class HeadNorm(HeadsNorm):
 HEADS_NORMS = {"none": HeadsNorm, "channel": ChannelNorm, "head": HeadNorm}
 
 
+class ChannelsFirst(nn.Linear):
+    """x W^T, laid out channel by channel: (rows, d) -> (f, rows).
+
+    The two halves of a gated hidden layer lie apart then, and the channels begin at multiples of 16 numbers where the
+    number of tokens is one: a matrix product whose rows of 1,365 numbers begin anywhere in a cache line takes half as
+    long again on a CPU.
+    """
+
+    FEW = 64  # rows, for which the layout does not matter, and a small product would lose by it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).t() if len(x) < self.FEW else self.weight @ x.t()
+
+
 class Hidden(nn.Module):
     """The hidden layer of a feed-forward, dim_in -> ff_dim: relu(x W), or x W1 * gelu(x W2)."""
 
     def __init__(self, config: Config, dim_in: int) -> None:
         super().__init__()
         self.use_gate = config.ff_activation == "geglu"
-        self.to_hidden = nn.Linear(dim_in, config.ff_dim * (2 if self.use_gate else 1), bias=False)
+        self.to_hidden = ChannelsFirst(dim_in, config.ff_dim * (2 if self.use_gate else 1), bias=False)
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """What `to_hidden` gives -> (rows, f)."""
+        if not self.use_gate:
+            return F.relu(hidden).t()
+        value, gate = hidden.chunk(2, dim=0)
+        return (value * F.gelu(gate)).t()
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.to_hidden(x)
-        if not self.use_gate:
-            return F.relu(hidden)
-        value, gate = hidden.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        """(b, n, d) -> (b, n, f)."""
+        return self.activate(self.to_hidden(x.flatten(0, 1))).view(*x.shape[:2], -1)
 
 
 class FeedForward(nn.Module):
@@ -468,9 +514,19 @@ class FeedForward(nn.Module):
         self.to_out = nn.Linear(config.ff_dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.ff_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dropout(self.to_out(self.hidden(self.norm(x))))
+    def widen(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.hidden.to_hidden(self.norm(x))
+        return hidden
+
+    def narrow(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.to_out(self.hidden.activate(hidden))
         return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n, d)."""
+        hidden = recomputed(self.widen, x.flatten(0, 1))
+        out: Tensor = self.dropout(recomputed(self.narrow, hidden))
+        return out.view(x.shape)
 
 
 # --------------------------------------------------------------------------------------------------------- 4 positions
@@ -510,6 +566,7 @@ class Pattern(NamedTuple):
     seen: Tensor
     pairs: Tensor  # index into these for each query and key, (n, j), or (b, n, j) where places differ
     mask: Tensor | None  # True where visible, (n, j) or (b, n, j); None: everywhere, or causal
+    added: Tensor | None  # the same as what is added to the logits, see `additive`; None with a position bias
     causal: bool  # n = j, and each query sees the keys up to its own
     q_tables: Rotation | None  # the rotary tables of the queries, and of all of [remembered entries ; block]
     k_tables: Rotation | None
@@ -517,7 +574,10 @@ class Pattern(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the angles of some positions, times their xPos factor. Each (..., j, e), at least fp32."""
+    """cos and sin of the angles of some positions, times their xPos factor. Each (..., j, e), at least fp32.
+
+    The sine has a minus sign in the first half of the channels, which takes from the second.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -549,8 +609,9 @@ class XPos(nn.Module):
         zeta = (even + 0.4 * self.dim_head) / (1.4 * self.dim_head)
         position = torch.arange(-self.low, self.high, device=device, dtype=dtype)[:, None]
         angle, decay = position * frequency.to(dtype), zeta.to(dtype) ** (position / self.SCALE_BASE)
-        tables = [angle.cos() * decay, angle.sin() * decay, angle.cos() / decay, angle.sin() / decay]
-        self.tables = torch.stack([torch.cat((table, table), dim=-1) for table in tables])  # (4, low + high, e)
+        cos, sin = (torch.cat(halves, dim=-1) for halves in ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin())))
+        decay = torch.cat((decay, decay), dim=-1)
+        self.tables = torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])  # (4, low + high, e)
 
     def _apply(self, fn: Any, recurse: bool = True) -> XPos:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -571,8 +632,8 @@ def rotate(x: Tensor, table: Rotation | None) -> Tensor:
     """x (..., j, e) turned by its positions."""
     if table is None:
         return x
-    low, high = x.chunk(2, dim=-1)
-    return (x * table.cos + torch.cat((-high, low), dim=-1) * table.sin).to(x.dtype)
+    turned = x.roll(x.shape[-1] // 2, dims=-1)  # the other of each pair
+    return torch.addcmul(x * table.cos, turned, table.sin).to(x.dtype)
 
 
 class T5Bias(nn.Module):
@@ -630,21 +691,25 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + mask) v. q (b, h, n, e), k and v (b, g, j, e) -> (b, h, n, e).
 
-    mask: bool (True where visible) or additive, to be broadcast to (b, h, n, j). A query that sees no key gives zeros.
-    Key/value heads are shared by h / g neighbouring query heads: one long row of queries where the mask allows it.
+    mask: bool (True where visible) or additive, to be broadcast to (b, h, n, j); or (b, 1, n r, j) for the r = h / g
+    heads that share a key/value head. A query that sees no key gives zeros. Where the mask allows it, the queries of r
+    heads are one long row against one matrix of keys; otherwise keys and values are taken r times.
     """
-    heads, groups, n = q.shape[1], k.shape[1], q.shape[2]
-    v = v.to(q.dtype)
-    k = k.to(q.dtype)
+    (batch, heads, n, width), groups = q.shape, k.shape[1]
+    shared = heads // groups
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if k.shape[2] == 0:
         return torch.zeros_like(q)
-    if heads != groups and (mask is None or n == 1) and not causal:
-        rows = q.reshape(q.shape[0], groups, -1, q.shape[3])
-        if mask is not None and mask.shape[1] > 1:  # one row for each head
-            mask = mask.view(-1, groups, rows.shape[2], mask.shape[3])
-        return attend(rows, k, v, scale=scale, mask=mask, dropout=dropout, use_flash=use_flash).view(q.shape)
-    if heads != groups:
-        k, v = (x[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2) for x in (k, v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    if shared > 1 and not causal and (mask is None or n == 1 or mask.shape[2] == n * shared):
+        rows = q.view(batch, groups, shared, n, width).transpose(2, 3).flatten(2, 3)
+        if mask is not None and mask.shape[1] > 1:  # n = 1
+            mask = mask.view(-1, groups, shared, mask.shape[3])
+        found = attend(rows, k, v, scale=scale, mask=mask, dropout=dropout, use_flash=use_flash)
+        return found.view(batch, groups, n, shared, width).transpose(2, 3).flatten(1, 2)
+    if shared > 1:
+        k, v = (x[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for x in (k, v))
     if use_flash:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale)
     logits = q @ k.transpose(-1, -2) * scale
@@ -657,6 +722,24 @@ def attend(
     empty = (mask == -math.inf).all(-1, keepdim=True)
     weights = (logits + mask).masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
     return F.dropout(weights, dropout) @ v
+
+
+def batched(mask: Tensor) -> Tensor:
+    """A mask (n, j) or (b, n, j) -> (1 or b, 1, n, j)."""
+    return mask[None, None] if mask.ndim == 2 else mask[:, None]
+
+
+MASK_AT_ONCE = 2**22  # numbers of the largest mask that is repeated for heads
+
+
+def additive(mask: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
+    """A mask (n, j) or (b, n, j) as what is added to the logits: (1 or b, 1, n, j).
+
+    A small one is repeated for the `shared` heads of a key/value head, (1 or b, 1, n r, j), so that `attend` can take
+    their queries as one long row.
+    """
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    return batched(added.repeat_interleave(shared, dim=-2) if shared * mask.numel() <= MASK_AT_ONCE else added)
 
 
 def split_heads(x: Tensor, t: int, heads: int) -> Tensor:
@@ -799,8 +882,7 @@ class FixedGate(nn.Module):
         nn.init.normal_(self.keep, std=0.1)
 
     def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
-        keep = self.keep.to(old.dtype).sigmoid()
-        return old * keep + z * (1 - keep)
+        return torch.lerp(z.to(old.dtype), old, self.keep.to(old.dtype).sigmoid())
 
 
 class FullGate(nn.Module):
@@ -812,7 +894,7 @@ class FullGate(nn.Module):
 
     def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
         keep: Tensor = (self.to_keep(source).to(old.dtype) + 1).sigmoid()
-        return old * keep + z * (1 - keep)
+        return torch.lerp(z.to(old.dtype), old, keep)
 
 
 class LSTMGate(nn.Module):
@@ -898,8 +980,7 @@ class RecurrentCell(nn.Module):
         self.ids = nn.Parameter(torch.empty(config.num_state_vectors, dim))
         self.norm = make_norm(config)
         self.to_kv = nn.Linear(dim, 2 * config.kv_heads * config.dim_head, bias=False)
-        self.to_self_q = nn.Linear(dim, inner, bias=False)
-        self.to_cross_q = nn.Linear(dim, inner, bias=False)
+        self.to_q = nn.Linear(dim, 2 * inner, bias=False)  # [of the states among themselves ; to the tokens]
         self.self_norm = HEADS_NORMS[config.qk_norm](config)
         self.cross_norm = HEADS_NORMS[config.qk_norm](config)
         self.update = UPDATES[config.state_update](config, 2 * inner)
@@ -916,20 +997,21 @@ class RecurrentCell(nn.Module):
 
     def project(self, state: Tensor) -> KV:
         """State (b, s, d) -> its keys and values (b, g, s, e), shared by both directions."""
-        k, v = split_heads(self.to_kv(self.identified(state)), 1, 2 * self.kv_heads).chunk(2, dim=1)
+        return self.view_of(self.identified(state))
+
+    def view_of(self, source: Tensor) -> KV:
+        k, v = split_heads(self.to_kv(source), 1, 2 * self.kv_heads).chunk(2, dim=1)
         return KV(self.self_norm.store(k), v)
 
-    def write(self, state: Tensor, view: KV, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The state after a block whose keys and values are k, v (b, g, j, e)."""
-        source = self.identified(state)
-        attended = []
-        for to_q, norm, keys, values, hidden in (
-            (self.to_self_q, self.self_norm, view.k, view.v, None),
-            (self.to_cross_q, self.cross_norm, k, v, mask),
-        ):
-            q = norm.queries(split_heads(to_q(source), 1, self.heads))
-            attended.append(attend(q, norm.keys(keys), values, scale=norm.scale, mask=hidden, use_flash=self.use_flash))
-        new: Tensor = self.update(state, torch.cat([join_heads(x, 1) for x in attended], dim=-1))
+    def write(self, state: Tensor, source: Tensor, view: KV, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The state after a block whose keys and values are k, v (b, g, j, e). source: the identified state."""
+        q = self.self_norm.unit(split_heads(self.to_q(source), 1, 2 * self.heads))
+        to_self, to_cross = q.chunk(2, dim=1)
+        own = attend(self.self_norm.gain(to_self), self.self_norm.keys(view.k), view.v, scale=self.self_norm.scale,
+                     use_flash=self.use_flash)  # fmt: skip
+        others = attend(self.cross_norm.gain(to_cross), k, v, scale=self.cross_norm.scale, mask=mask,
+                        use_flash=self.use_flash)  # fmt: skip
+        new: Tensor = self.update(state, torch.cat((join_heads(own, 1), join_heads(others, 1)), dim=-1))
         return new
 
     def forward(self, state: Tensor, view: KV, tokens: KV, mask: Tensor | None = None) -> tuple[KV, Tensor]:
@@ -943,11 +1025,14 @@ class RecurrentCell(nn.Module):
         Returns:
             The projection of the state as of the start of each block, (b, t, g, s, e), and the state after the last.
         """
-        views = [view]
-        for k, v in zip(tokens.k.unbind(1), tokens.v.unbind(1)):
-            state = self.write(state, views[-1], k, v, mask)
-            views.append(self.project(state) if len(views) < tokens.k.shape[1] else view)
-        return KV(*(torch.stack(x, dim=1) for x in zip(*views[:-1]))), state
+        views, source = [view], self.identified(state)
+        blocks = list(zip(self.cross_norm.keys(tokens.k).unbind(1), tokens.v.unbind(1)))
+        for k, v in blocks:
+            state = self.write(state, source, views[-1], k, v, mask)
+            if len(views) < len(blocks):
+                source = self.identified(state)
+                views.append(self.view_of(source))
+        return KV(*(torch.stack(x, dim=1) for x in zip(*views))), state
 
 
 # ---------------------------------------------------------------------------------------------- 9 transformer block
@@ -969,40 +1054,43 @@ class TransformerBlock(nn.Module):
         self.attn_dropout = config.attn_dropout
         self.norm = make_norm(config)
         self.input_dropout = nn.Dropout(config.attn_input_dropout)
-        self.to_q = nn.Linear(config.dim, inner, bias=False)
-        self.to_kv = nn.Linear(config.dim, 2 * config.kv_heads * config.dim_head, bias=False)
+        self.widths = [inner] * (1 + len(reads)) + [2 * config.kv_heads * config.dim_head]
+        self.to_qkv = nn.Linear(config.dim, sum(self.widths), bias=False)  # [q ; a q for each read ; k ; v]
         use_norm = is_recurrent or config.all_layers_qk_rmsnorm
         self.heads_norm = HEADS_NORMS[config.qk_norm if use_norm else "none"](config)
         self.position_bias = POSITION_BIASES[config.positions](config) if config.positions in POSITION_BIASES else None
-        self.to_read_q = nn.ModuleList(nn.Linear(config.dim, inner, bias=False) for _ in reads)
         self.read_norm = nn.ModuleList(HEADS_NORMS[config.qk_norm](config) for _ in reads)
         self.to_out = nn.Linear(inner * (1 + len(reads)), config.dim, bias=False)
         self.feed_forward = FeedForward(config)
         self.compressor = Compressor(config) if config.compressed_width(layer) else None
         self.cell = RecurrentCell(config) if is_recurrent else None
 
-    def self_attention(self, h: Tensor, keys: KV, pattern: Pattern, t: int) -> Tensor:
-        """Normalised tokens h (b, t n, d), keys and values they see (b t, g, j, e) -> (b t, h, n, e)."""
-        q = rotate(self.heads_norm.queries(split_heads(self.to_q(h), t, self.heads)), pattern.q_tables)
-        mask, causal = pattern.mask, pattern.causal
-        if mask is not None:
-            mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
+    def project(self, x: Tensor) -> Tensor:
+        """Tokens (b, t n, d) -> their queries, keys and values, side by side."""
+        projected: Tensor = self.to_qkv(self.input_dropout(self.norm(x)))
+        return projected
+
+    def self_attention(self, q: Tensor, keys: KV, pattern: Pattern, t: int) -> Tensor:
+        """Queries (b, t n, h e), keys and values they see (b t, g, j, e) -> (b t, h, n, e)."""
+        q = rotate(self.heads_norm.queries(split_heads(q, t, self.heads)), pattern.q_tables)
+        added, causal = pattern.added, pattern.causal
         if self.position_bias is not None:
             bias = self.heads_norm.scaled(self.position_bias(pattern.distances)).to(q.dtype)
             bias = bias.masked_fill(~pattern.seen, -math.inf)[:, pattern.pairs].movedim(0, -3)
-            bias = bias if bias.ndim == 4 else bias[None]  # (1 or b, h, n, j)
-            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+            added = bias if bias.ndim == 4 else bias[None]  # (1 or b, h, n, j)
+            if pattern.mask is not None:
+                added = added.masked_fill(~batched(pattern.mask), -math.inf)
             causal = False
         dropout = self.attn_dropout if self.training else 0.0
-        return attend(q, keys.k, keys.v, scale=self.heads_norm.scale, mask=mask, causal=causal, dropout=dropout,
+        return attend(q, keys.k, keys.v, scale=self.heads_norm.scale, mask=added, causal=causal, dropout=dropout,
                       use_flash=self.use_flash)  # fmt: skip
 
-    def read(self, h: Tensor, views: Sequence[KV], t: int) -> list[Tensor]:
-        """What the tokens find in the states: one (b t, h, n, e) for each view (b, t, g, s, e)."""
+    def read(self, queries: Sequence[Tensor], views: Sequence[KV], t: int) -> list[Tensor]:
+        """What the tokens find in the states: one (b t, h, n, e) for each view (b, t, g, s, e) and its queries."""
         found = []
         norms: Iterable[HeadsNorm] = self.read_norm  # type: ignore[assignment]
-        for to_q, norm, view in zip(self.to_read_q, norms, views):
-            q, k = norm.queries(split_heads(to_q(h), t, self.heads)), norm.keys(view.k.flatten(0, 1))
+        for projected, norm, view in zip(queries, norms, views):
+            q, k = norm.queries(split_heads(projected, t, self.heads)), norm.keys(view.k.flatten(0, 1))
             found.append(attend(q, k, view.v.flatten(0, 1), scale=norm.scale, use_flash=self.use_flash))
         return found
 
@@ -1022,8 +1110,9 @@ class TransformerBlock(nn.Module):
             Tokens, memory and state after the piece, and the views of the own state, (b, t, g, s, e).
         """
         t = piece.t
-        h = self.input_dropout(self.norm(x))
-        k, v = split_heads(self.to_kv(h), 1, 2 * self.kv_heads).chunk(2, dim=1)
+        projected = recomputed(self.project, x, draws=self.input_dropout.p > 0)
+        q, *to_read, kv = torch.split(projected, self.widths, dim=-1)
+        k, v = split_heads(kv, 1, 2 * self.kv_heads).chunk(2, dim=1)
         new = KV(self.heads_norm.store(k), v)
         is_whole = piece.n == self.block_width and piece.counts is None
         filled = new if is_whole else extend(memory.block, new, piece)
@@ -1048,8 +1137,9 @@ class TransformerBlock(nn.Module):
         keys = window or self.whole_windows(memory, filled, stream, queue, pattern, t)
         if t == 1:
             keys = KV(*(x[:, :, pattern.first : pattern.last] for x in keys))
-        attended = [self.self_attention(h, keys, pattern, t), *self.read(h, reads, t)]
-        x = x + self.to_out(torch.cat([join_heads(a, t) for a in attended], dim=-1))
+        attended = [join_heads(self.self_attention(q, keys, pattern, t), t)]
+        attended += [join_heads(found, t) for found in self.read(to_read, reads, t)]
+        x = x + self.to_out(torch.cat(attended, dim=-1) if reads else attended[0])
         x = x + self.feed_forward(x)
         return x, remember(memory, filled, stream, queue, window, piece), state, views
 
@@ -1101,8 +1191,10 @@ class TransformerBlock(nn.Module):
 # -------------------------------------------------------------------------------------- 10 Block-Recurrent Transformer
 
 
-def make_pattern(config: Config, piece: Piece, layer: int, rotary: XPos | None, device: torch.device) -> Pattern:
-    """Who sees whom in the self-attention of `layer` during `piece`."""
+def make_pattern(
+    config: Config, piece: Piece, layer: int, rotary: XPos | None, device: torch.device, dtype: torch.dtype
+) -> Pattern:
+    """Who sees whom in the self-attention of `layer` during `piece`; dtype is that of the queries."""
     width, nearest = config.block_width, int(config.attention_window == "sliding")
     xl, compressed = config.xl_width(layer), config.compressed_width(layer)
     place, n = piece.place, piece.n
@@ -1129,12 +1221,14 @@ def make_pattern(config: Config, piece: Piece, layer: int, rotary: XPos | None, 
             causal = True
         else:
             mask = seen[pairs]
+    is_added = mask is not None and config.positions not in POSITION_BIASES
+    added = additive(mask, config.heads // config.kv_heads, dtype) if is_added and mask is not None else None
     first, last = xl + compressed + low, xl + compressed + high
     if rotary is None:
-        return Pattern(first, last, distances, seen, pairs, mask, causal, None, None, None)
+        return Pattern(first, last, distances, seen, pairs, mask, added, causal, None, None, None)
     q_tables, new_tables = rotary.at(place, n)
     k_tables = rotary.at(-(xl + compressed), xl + compressed + width)[1]
-    return Pattern(first, last, distances, seen, pairs, mask, causal, q_tables, k_tables, new_tables)
+    return Pattern(first, last, distances, seen, pairs, mask, added, causal, q_tables, k_tables, new_tables)
 
 
 def held_rows(config: Config, piece: Piece, keys: Tensor, xl: int, compressed: int) -> Tensor:
@@ -1503,11 +1597,13 @@ class BlockRecurrentTransformer(nn.Module):
     def patterns(self, piece: Piece, device: torch.device) -> list[Pattern]:
         """Who sees whom in each layer; layers with memories of the same width share one."""
         kinds: dict[tuple[int, int], Pattern] = {}
-        patterns = []
+        patterns, dtype = [], self.token_emb.weight.dtype
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         for layer in range(1, self.config.depth + 1):
             kind = (self.config.xl_width(layer), self.config.compressed_width(layer))
             if kind not in kinds:
-                kinds[kind] = make_pattern(self.config, piece, layer, self.rotary, device)
+                kinds[kind] = make_pattern(self.config, piece, layer, self.rotary, device, dtype)
             patterns.append(kinds[kind])
         return patterns
 

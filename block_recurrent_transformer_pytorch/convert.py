@@ -54,10 +54,10 @@ def from_lucidrains(
     theirs.move("to_logits.0.gamma", "norm.weight")
     theirs.move("to_logits.1.weight", "to_logits.weight")
     for n in range(depth):
-        lucidrains_layer(theirs, n, convolution is not None)
-    for write, read in zip(writes, reads):
-        here = [w for w, r in sorted(zip(writes, reads)) if r == read].index(write)
-        lucidrains_state(theirs, write - 1, f"layers.{read - 1}", here, dim_head)
+        cells = [write - 1 for write, read in sorted(zip(writes, reads)) if read == n + 1]
+        lucidrains_layer(theirs, n, cells, options)
+    for write in writes:
+        lucidrains_state(theirs, write - 1, options)
     for name in [name for name in theirs.left if name.endswith("beta")]:
         if theirs.take(name).any():
             raise ValueError(f"state_dict entry {name} is not zero, and the norms of version 0.4.4 have no bias")
@@ -91,29 +91,36 @@ def fitting_reads(writes: tuple[int, ...], wanted: tuple[int, ...]) -> Iterator[
             yield (*others[:lowest], read, *others[lowest:])
 
 
-def lucidrains_layer(theirs: Entries, n: int, has_compressed: bool) -> None:
+def lucidrains_layer(theirs: Entries, n: int, cells: list[int], options: dict[str, Any]) -> None:
+    """Layer n (from 0), where the states of the layers `cells` are read."""
     names = {
-        "norm.weight": f"layers.{n}.0.norm.gamma", "to_q.weight": f"layers.{n}.0.to_q.weight",
-        "to_kv.weight": f"layers.{n}.0.to_kv.weight", "to_out.weight": f"layers.{n}.0.to_out.weight",
+        "norm.weight": f"layers.{n}.0.norm.gamma", "to_out.weight": f"layers.{n}.0.to_out.weight",
         "feed_forward.norm.weight": f"layers.{n}.1.0.gamma",
         "feed_forward.hidden.to_hidden.weight": f"layers.{n}.1.1.weight",
         "feed_forward.to_out.weight": f"layers.{n}.1.3.weight",
     }  # fmt: skip
     if f"layers.{n}.0.attn.q_scale" in theirs.left:
         names |= {f"heads_norm.{x}_scale": f"layers.{n}.0.attn.{x}_scale" for x in "qk"}
-    if has_compressed:
+    if options["use_compressed_mem"]:
         names |= {f"compressor.conv.{x}": f"mem_manager.layers.{n}.1.1.{x}" for x in ("weight", "bias")}
+    containers = [f"layers.{cell}.0.state_container" for cell in cells]
+    for here, container in enumerate(containers):
+        attention = f"{container}.to_state_cross_attn"
+        names |= {f"read_norm.{here}.{x}_scale": f"{attention}.{x}_scale" for x in "qk"}
     for ours, name in names.items():
         theirs.move(name, f"layers.{n}.{ours}")
+    e, dim = options["dim_head"], options["dim"]
+    queries = [f"layers.{n}.0.to_q.weight", *[f"{container}.q_to_state.weight" for container in containers]]
+    shapes = dict.fromkeys(queries, (options["heads"] * e, dim))
+    theirs.join({**shapes, f"layers.{n}.0.to_kv.weight": (2 * e, dim)}, f"layers.{n}.to_qkv.weight")
 
 
-def lucidrains_state(theirs: Entries, n: int, reader: str, here: int, dim_head: int) -> None:
-    """The state container of layer n (from 0), read in the layer `reader` as the state number `here`."""
-    container = f"layers.{n}.0.state_container"
+def lucidrains_state(theirs: Entries, n: int, options: dict[str, Any]) -> None:
+    """The state container of layer n (from 0)."""
+    container, dim_head = f"layers.{n}.0.state_container", options["dim_head"]
     names = {
         "initial": "init_state", "ids": "state_pos_ids", "norm.weight": "state_norm.gamma",
-        "to_kv.weight": "state_to_kv.weight", "to_self_q.weight": "state_to_q.weight",
-        "to_cross_q.weight": "q_from_state.weight",
+        "to_kv.weight": "state_to_kv.weight",
         **{f"self_norm.{x}_scale": f"state_self_attn.{x}_scale" for x in "qk"},
         **{f"cross_norm.{x}_scale": f"from_state_cross_attn.{x}_scale" for x in "qk"},
     }  # fmt: skip
@@ -126,9 +133,8 @@ def lucidrains_state(theirs: Entries, n: int, reader: str, here: int, dim_head: 
     theirs.put(f"{update}.to_candidate.weight", (second.double() @ first.double()).to(first.dtype), *maps)
     theirs.move(f"{container}.state_out_to_gate.bias", f"{update}.to_candidate.bias")
     theirs.put(f"{update}.gate.keep", -theirs.take(f"{container}.learned_ema_beta"), f"{container}.learned_ema_beta")
-    theirs.move(f"{container}.q_to_state.weight", f"{reader}.to_read_q.{here}.weight")
-    for x in "qk":
-        theirs.move(f"{container}.to_state_cross_attn.{x}_scale", f"{reader}.read_norm.{here}.{x}_scale")
+    queries, shape = ("state_to_q", "q_from_state"), (options["heads"] * dim_head, options["dim"])
+    theirs.join({f"{container}.{name}.weight": shape for name in queries}, f"layers.{n}.cell.to_q.weight")
 
 
 # ------------------------------------------------------------------------------------------- the authors' code (meliad)
@@ -161,7 +167,7 @@ def from_meliad(
     theirs.move("embed/embedding", "token_emb.weight")
     theirs.move("final_layernorm/scale", "norm.weight")
     for n in range(depth):
-        meliad_layer(theirs, f"transformer{n}/", f"layers.{n}.")
+        meliad_layer(theirs, f"transformer{n}/", f"layers.{n}.", options)
     theirs.check_empty()
     return options, theirs.ours, theirs.sources
 
@@ -198,7 +204,7 @@ def meliad_layer_options(theirs: Entries, path: str, recurrent: str) -> dict[str
     return options
 
 
-def meliad_layer(theirs: Entries, path: str, ours: str) -> None:
+def meliad_layer(theirs: Entries, path: str, ours: str, options: dict[str, Any]) -> None:
     """One layer of the authors' code at `path`, under our names that begin with `ours`."""
     arrays = {
         "norm.weight": "tbase/_kvq/pre_attn_layernorm/scale",
@@ -206,15 +212,15 @@ def meliad_layer(theirs: Entries, path: str, ours: str) -> None:
         "feed_forward.norm.weight": "tbase/pre_ffn_layernorm/scale",
     }
     kernels = {
-        "to_q.weight": "tbase/_kvq/queries_layer",
         "to_out.weight": "tbase/post_attn_mlp/output_layer",
         "feed_forward.hidden.to_hidden.weight": "tbase/ffn/hidden0",
         "feed_forward.to_out.weight": "tbase/ffn/output_layer",
     }
     scales = {"heads_norm": "tbase/_kvq/attention_scale", "read_norm.0": "tbase/attention_scale2"}
-    meliad_keys_and_values(theirs, f"{path}tbase/_kvq", f"{ours}to_kv.weight")
-    if f"{path}tbase/_kvq/queries2_layer/kernel" in theirs.left:
-        kernels["to_read_q.0.weight"] = "tbase/_kvq/queries2_layer"
+    both, pair, tokens = ["queries_layer", "queries2_layer"], ["keys_layer", "values_layer"], f"{path}tbase/_kvq"
+    shape = options["dim"], options["heads"] * options["dim_head"]
+    queries = both if f"{tokens}/queries2_layer/kernel" in theirs.left else both[:1]
+    theirs.join_kernels({f"{tokens}/{name}/kernel": shape for name in queries + pair}, f"{ours}to_qkv.weight")
     if f"{path}recurrent_initial_state" in theirs.left:
         cell = "recurrent_tbase/"
         scales |= {"cell.self_norm": f"{cell}_kvq/attention_scale", "cell.cross_norm": f"{cell}attention_scale2"}
@@ -223,11 +229,8 @@ def meliad_layer(theirs: Entries, path: str, ours: str) -> None:
             "cell.ids": f"{cell}_kvq/position_embeddings",
             "cell.norm.weight": f"{cell}_kvq/pre_attn_layernorm/scale",
         }
-        kernels |= {
-            "cell.to_self_q.weight": f"{cell}_kvq/queries_layer",
-            "cell.to_cross_q.weight": f"{cell}_kvq/queries2_layer",
-        }
-        meliad_keys_and_values(theirs, f"{path}{cell}_kvq", f"{ours}cell.to_kv.weight")
+        for names, joined in ((both, "cell.to_q.weight"), (pair, "cell.to_kv.weight")):
+            theirs.join_kernels({f"{path}{cell}_kvq/{name}/kernel": shape for name in names}, ours + joined)
         has_attention_mlp = f"{path}{cell}post_attn_mlp/output_layer/kernel" in theirs.left
         has_ffn = f"{path}{cell}ffn/output_layer/kernel" in theirs.left
         if has_attention_mlp:
@@ -243,15 +246,6 @@ def meliad_layer(theirs: Entries, path: str, ours: str) -> None:
         theirs.move(path + array, ours + name)
     for name, kernel in kernels.items():
         theirs.move_kernel(f"{path}{kernel}/kernel", ours + name)
-
-
-def meliad_keys_and_values(theirs: Entries, path: str, ours: str) -> None:
-    """Two maps that are one of ours."""
-    names = f"{path}/keys_layer/kernel", f"{path}/values_layer/kernel"
-    k, v = map(theirs.matrix, names)
-    if k.shape != v.shape:
-        raise ValueError(f"params: {names[0]} is {tuple(k.shape)}, {names[1]} {tuple(v.shape)}")
-    theirs.put(ours, torch.cat([theirs.take(name).T for name in names]), *names)
 
 
 def meliad_gated(theirs: Entries, path: str, ours: str) -> None:
@@ -297,6 +291,21 @@ class Entries:
 
     def move(self, name: str, ours: str) -> None:
         self.put(ours, self.take(name), name)
+
+    def join(self, shapes: dict[str, tuple[int, int]], ours: str) -> None:
+        """Maps of the same input, with the shapes they must have, that are one of ours."""
+        self.check_shapes(shapes)
+        self.put(ours, torch.cat([self.take(name) for name in shapes]), *shapes)
+
+    def join_kernels(self, shapes: dict[str, tuple[int, int]], ours: str) -> None:
+        """The same for matrices that are multiplied from the other side there."""
+        self.check_shapes(shapes)
+        self.put(ours, torch.cat([self.take(name).T for name in shapes]), *shapes)
+
+    def check_shapes(self, shapes: dict[str, tuple[int, int]]) -> None:
+        for name, shape in shapes.items():
+            if self[name].shape != shape:
+                raise ValueError(f"{self.argument}: {name} has the shape {tuple(self[name].shape)}, not {shape}")
 
     def move_kernel(self, name: str, ours: str) -> None:
         """A matrix that is multiplied from the other side there."""

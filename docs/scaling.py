@@ -69,17 +69,17 @@ def fsdp_memory(model: BlockRecurrentTransformer, processes: int) -> float:
 # ------------------------------------------------------------------------------------------------- what a row needs
 
 
-def activations(config: Config, tokens: int, precision: str, parameters: int = 0) -> float:
+def activations(config: Config, tokens: int, precision: str) -> float:
     """Bytes kept for the backward pass of a segment of one row of a `fixed:skip` model, with a fused attention kernel.
 
-    In values of a token, a layer keeps 8 d (its input twice, what the two norms give and what they multiply, two
-    dropout masks), 11 times all heads (keys and values, and once more beside those of the block before; queries raw,
-    normalised and scaled; what attention finds, twice) and the hidden layer. The bias of the positions is kept once,
-    whatever the number of rows, and its distances once for all layers. Under autocast the residual stream, the norms
-    and the masks stay in fp32, each map keeps its input in bf16, and the weights are copied to bf16 once.
+    In values of a token, a layer keeps 3 d (what the two norms take in, and a dropout mask), 11 times all heads (keys
+    and values, and once more beside those of the block before; queries raw, normalised and scaled; what attention
+    finds, twice) and the hidden layer. The bias of the positions is kept once, whatever the number of rows, and its
+    distances once for all layers. Under autocast the residual stream stays in fp32, and the output maps of the
+    attention and the embeddings are copied to bf16; what is computed again takes its weights' copies with it.
     """
     inner, dim, width = config.heads * config.dim_head, config.dim, config.block_width
-    layer = {"fp32": 4 * (8 * dim + 11 * inner + config.ff_dim), "bf16": 28 * dim + 22 * inner + 2 * config.ff_dim}
+    layer = {"fp32": 4 * (3 * dim + 11 * inner + config.ff_dim), "bf16": 12 * dim + 22 * inner + 2 * config.ff_dim}
     token = {"fp32": 4 * 9 * inner, "bf16": 2 * 9 * inner + 2 * dim}  # of a recurrent layer: reading and being read
     state = {"fp32": 4 * (6 * dim + 13 * inner), "bf16": 4 * 6 * dim + 2 * 13 * inner}  # of a state vector in a block
     bias = 2 * width * width * config.heads * (2 if precision == "bf16" else 4)
@@ -87,7 +87,8 @@ def activations(config: Config, tokens: int, precision: str, parameters: int = 0
     cells, blocks = len(config.recurrent_layers), tokens // width
     total = config.depth * (tokens * layer[precision] + bias) + pairs + 4 * 4 * dim * tokens
     total += cells * (tokens * token[precision] + blocks * config.num_state_vectors * state[precision])
-    return total + (2 * parameters if precision == "bf16" else 0)
+    copied = dim * (config.depth * inner + config.num_tokens)
+    return total + (2 * copied if precision == "bf16" else 0)
 
 
 def checkpointed(config: Config, tokens: int, precision: str) -> float:
@@ -164,8 +165,8 @@ def rows() -> str:
     lines = []
     for size in SIZES:
         model = make(size)
-        config, n = model.config, count(model)
-        kept = [gb(activations(config, SEGMENT, p, n)) for p in PRECISIONS]
+        config = model.config
+        kept = [gb(activations(config, SEGMENT, p)) for p in PRECISIONS]
         again = [gb(checkpointed(config, SEGMENT, p)) for p in PRECISIONS]
         lines.append([f"`{size}`", *kept, *again, gb(carried(config))])
     return table("| size | fp32 | bf16 | fp32, checkpointing | bf16, checkpointing | carried |", lines)
@@ -187,9 +188,8 @@ def depths() -> str:
     for size in SIZES:
         model = make(size)
         config = model.config
-        kept, held = activations(config, SEGMENT, "bf16", count(model)), carried(config)
-        full = SEGMENTS * activations(config, SEGMENT, "bf16") + 2 * count(model)
-        lines.append([f"`{size}`", gb(kept), gb(full), gb(kept + (SEGMENTS + 1) * held),
+        kept, held = activations(config, SEGMENT, "bf16"), carried(config)
+        lines.append([f"`{size}`", gb(kept), gb(SEGMENTS * kept), gb(kept + (SEGMENTS + 1) * held),
                       gb(checkpointed(config, SEGMENT, "bf16") + (SEGMENTS + 1) * held),
                       gb(kept + (-(-MILLION // SEGMENT) + 1) * held)])  # fmt: skip
     head = f"| size | `--bptt 1` | `--bptt {SEGMENTS}` | `--bptt replay` | replay, checkpointing | replay, 1 M tokens |"
@@ -241,7 +241,7 @@ def comparison(size: str) -> str:
     options = paper.options(size, VARIANT)
     lines = []
     for precision in PRECISIONS:
-        formula = activations(Config(**options), SEGMENT, precision, count(make(size)))
+        formula = activations(Config(**options), SEGMENT, precision)
         lines.append([precision, gb(formula), gb(counted(options, SEGMENT, precision))])
     config = Config(**options)
     one_layer = activations(config, SEGMENT, "fp32") / config.depth  # not there yet when the backward pass begins

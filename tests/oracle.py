@@ -138,13 +138,13 @@ class Oracle:
         half = len(y) // 2
         return y[:half] * gelu(y[half:])
 
-    def heads_of(self, name: str, x: Tensor) -> Tensor:
-        """A linear map, its output cut into heads (h, e)."""
-        return self.linear(name, x).reshape(-1, self.config.dim_head)
+    def heads_of(self, projected: Tensor) -> Tensor:
+        """(h e,) cut into heads (h, e)."""
+        return projected.reshape(-1, self.config.dim_head)
 
-    def pair_of(self, name: str, x: Tensor, qk_norm: str) -> Pair:
+    def pair_of(self, projected: Tensor, qk_norm: str) -> Pair:
         """Key and value from one linear map, all keys first. With a gain per head, keys are unit vectors at once."""
-        both = self.heads_of(name, x)
+        both = self.heads_of(projected)
         k, v = both[: self.config.kv_heads], both[self.config.kv_heads :]
         return (self.unit(k, qk_norm) if qk_norm == "head" else k), v
 
@@ -225,13 +225,15 @@ class Oracle:
         name, qk_norm = f"layers.{layer - 1}", self.qk_norm_of_tokens(layer)
         h = self.norm(f"{name}.norm", x)
         place = len(self.block[layer])
-        self.block[layer].append(self.pair_of(f"{name}.to_kv", h, qk_norm))
+        cells, inner = self.cells_read_at(layer), self.config.heads * self.config.dim_head
+        projected = self.linear(f"{name}.to_qkv", h)
+        *queries, kv = projected.split([inner] * (1 + len(cells)) + [len(projected) - inner * (1 + len(cells))])
+        self.block[layer].append(self.pair_of(kv, qk_norm))
         distances, pairs = self.visible(layer, place)
-        attended = [
-            self.attention(self.heads_of(f"{name}.to_q", h), pairs, qk_norm, f"{name}.heads_norm", layer, distances)
-        ]
-        for i, cell in enumerate(self.cells_read_at(layer)):
-            q = self.heads_of(f"{name}.to_read_q.{i}", h)
+        q = self.heads_of(queries[0])
+        attended = [self.attention(q, pairs, qk_norm, f"{name}.heads_norm", layer, distances)]
+        for i, cell in enumerate(cells):
+            q = self.heads_of(queries[1 + i])
             attended.append(self.attention(q, self.views[cell], self.config.qk_norm, f"{name}.read_norm.{i}"))
         x = x + self.linear(f"{name}.to_out", torch.cat(attended))
         h = self.norm(f"{name}.feed_forward.norm", x)
@@ -265,10 +267,10 @@ class Oracle:
 
     def view(self, cell: int) -> list[Pair]:
         """A key and a value for each state."""
-        to_kv = f"layers.{cell - 1}.cell.to_kv"
-        return [
-            self.pair_of(to_kv, self.identified(cell, i), self.config.qk_norm) for i in range(len(self.state[cell]))
+        projected = [
+            self.linear(f"layers.{cell - 1}.cell.to_kv", self.identified(cell, i)) for i in range(len(self.state[cell]))
         ]
+        return [self.pair_of(kv, self.config.qk_norm) for kv in projected]
 
     def written(self, cell: int) -> Tensor:
         """The next state."""
@@ -276,7 +278,7 @@ class Oracle:
         tokens = (self.xl[cell] if self.config.state_reads_memory else []) + self.block[cell]
         for i, old in enumerate(self.state[cell]):
             source = self.identified(cell, i)
-            to_self, to_cross = (self.heads_of(f"{name}.{which}", source) for which in ("to_self_q", "to_cross_q"))
+            to_self, to_cross = map(self.heads_of, self.linear(f"{name}.to_q", source).chunk(2))
             itself = self.attention(to_self, self.views[cell], qk_norm, f"{name}.self_norm")
             others = self.attention(to_cross, tokens, qk_norm, f"{name}.cross_norm")
             rows.append(self.updated(f"{name}.update", old, torch.cat((itself, others))))

@@ -186,20 +186,19 @@ def test_arguments_of_forward_are_keywords():
 # -------------------------------------------------------------------------------------------------- names of parameters
 
 FEED_FORWARD = ["feed_forward.norm.weight", "feed_forward.hidden.to_hidden.weight", "feed_forward.to_out.weight"]
-CELL = ["cell.initial", "cell.ids", "cell.norm.weight", "cell.to_kv.weight", "cell.to_self_q.weight",
-        "cell.to_cross_q.weight"]  # fmt: skip
+CELL = ["cell.initial", "cell.ids", "cell.norm.weight", "cell.to_kv.weight", "cell.to_q.weight"]  # fmt: skip
 
 NAMES: dict[str, list[str]] = {
     "default": [
         "token_emb.weight",
         *[f"layers.0.{name}" for name in (
-            "norm.weight", "to_q.weight", "to_kv.weight", "heads_norm.q_scale", "heads_norm.k_scale",
-            "to_read_q.0.weight", "read_norm.0.q_scale", "read_norm.0.k_scale", "to_out.weight", *FEED_FORWARD, *CELL,
+            "norm.weight", "to_qkv.weight", "heads_norm.q_scale", "heads_norm.k_scale",
+            "read_norm.0.q_scale", "read_norm.0.k_scale", "to_out.weight", *FEED_FORWARD, *CELL,
             "cell.self_norm.q_scale", "cell.self_norm.k_scale", "cell.cross_norm.q_scale", "cell.cross_norm.k_scale",
             "cell.update.to_candidate.weight", "cell.update.to_candidate.bias", "cell.update.gate.keep",
         )],
         *[f"layers.1.{name}" for name in (
-            "norm.weight", "to_q.weight", "to_kv.weight", "to_out.weight", *FEED_FORWARD,
+            "norm.weight", "to_qkv.weight", "to_out.weight", *FEED_FORWARD,
         )],
         "norm.weight",
         "to_logits.weight",
@@ -207,8 +206,8 @@ NAMES: dict[str, list[str]] = {
     "paper": [
         "token_emb.weight",
         *[f"layers.0.{name}" for name in (
-            "norm.weight", "to_q.weight", "to_kv.weight", "heads_norm.head_scale", "position_bias.table",
-            "to_read_q.0.weight", "read_norm.0.head_scale", "to_out.weight", *FEED_FORWARD, *CELL,
+            "norm.weight", "to_qkv.weight", "heads_norm.head_scale", "position_bias.table",
+            "read_norm.0.head_scale", "to_out.weight", *FEED_FORWARD, *CELL,
             "cell.self_norm.head_scale", "cell.cross_norm.head_scale",
             "cell.update.attention.to_candidate.weight",
             "cell.update.attention.gate.to_forget.weight", "cell.update.attention.gate.to_forget.bias",
@@ -218,18 +217,18 @@ NAMES: dict[str, list[str]] = {
             "cell.update.gate.to_input.weight", "cell.update.gate.to_input.bias",
         )],
         *[f"layers.1.{name}" for name in (
-            "norm.weight", "to_q.weight", "to_kv.weight", "heads_norm.head_scale", "position_bias.table",
-            "to_read_q.0.weight", "read_norm.0.head_scale", "to_out.weight", *FEED_FORWARD,
+            "norm.weight", "to_qkv.weight", "heads_norm.head_scale", "position_bias.table",
+            "read_norm.0.head_scale", "to_out.weight", *FEED_FORWARD,
         )],
         "norm.weight",
     ],
     "loaded": [
         "token_emb.weight",
         *[f"layers.{layer}.{name}" for layer in (0, 1) for name in (
-            "norm.weight", "to_q.weight", "to_kv.weight", "heads_norm.q_scale", "heads_norm.k_scale",
+            "norm.weight", "to_qkv.weight", "heads_norm.q_scale", "heads_norm.k_scale",
             "position_bias.to_hidden.weight", "position_bias.to_hidden.bias", "position_bias.mlp.1.weight",
             "position_bias.mlp.1.bias", "position_bias.mlp.3.weight", "position_bias.mlp.3.bias",
-            *(["to_read_q.0.weight", "to_read_q.1.weight", "read_norm.0.q_scale", "read_norm.0.k_scale",
+            *(["read_norm.0.q_scale", "read_norm.0.k_scale",
                "read_norm.1.q_scale", "read_norm.1.k_scale"] if layer == 0 else []),
             "to_out.weight", *FEED_FORWARD, "compressor.conv.weight", "compressor.conv.bias", *CELL,
             "cell.self_norm.q_scale", "cell.self_norm.k_scale", "cell.cross_norm.q_scale", "cell.cross_norm.k_scale",

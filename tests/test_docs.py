@@ -142,9 +142,7 @@ def test_scaling_tables_are_what_the_script_computes():
 def test_scaling_formulas_are_near_what_autograd_keeps(precision):
     scaling = load(ROOT / "docs" / "scaling.py")
     options = paper.options("small_37M", scaling.VARIANT, depth=4, recurrent_layers=(2,))
-    with torch.device("meta"):
-        parameters = scaling.count(BlockRecurrentTransformer(Config(**options)))
-    formula = scaling.activations(Config(**options), 2048, precision, parameters)
+    formula = scaling.activations(Config(**options), 2048, precision)
     assert 0.9 < formula / scaling.counted(options, 2048, precision) < 1.2  # torch 2.5 keeps less under autocast
 
 

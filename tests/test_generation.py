@@ -35,13 +35,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "enhanced": {"enhanced_recurrence": True, "num_xl_blocks": 2},
     "read below write": {"recurrent_layers": (3,), "read_recurrent_layers": (1,), "positions": "dynamic"},
 }
-SEEDS = {"compressed": 3, "read below write": 5}  # models that do not say one word for ever
+SEEDS = {"paper, feedback": 1}  # models that do not say one word for ever
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @cache
 def model_of(variant: str) -> BlockRecurrentTransformer:
-    return random_model(Config(**{**BASE, **VARIANTS[variant]}), SEEDS.get(variant, 1))
+    return random_model(Config(**{**BASE, **VARIANTS[variant]}), SEEDS.get(variant, 0))
 
 
 def generate(model: nn.Module, prime: Any, new: int, **options: Any) -> Any:

@@ -144,7 +144,7 @@ def test_what_happens_inside_a_layer_is_as_recorded(name, monkeypatch):
 
     original = module.attend
     monkeypatch.setattr(module, "attend", attend)
-    hooks = {"pre_attn_layernorm": layer.norm, "queries_layer": layer.to_q, "kv": layer.to_kv}
+    hooks = {"pre_attn_layernorm": layer.norm, "qkv": layer.to_qkv}
     for key, part in (hooks | {"pre_ffn": layer.feed_forward.norm, "ffn": layer.feed_forward}).items():
         part.register_forward_hook(keep(key))
     memories = states = None
@@ -163,14 +163,14 @@ def test_what_happens_inside_a_layer_is_as_recorded(name, monkeypatch):
             for part, ours in zip(("token_self", "token_cross"), token_side):
                 folded = ours.unflatten(0, (-1, windows))[:, window]  # (b, h, n, e)
                 assert_near(folded.transpose(1, 2), mid(f"attention/{part}/window{window}"), what=part)
-        k, v = outputs["kv"][0].chunk(2, dim=-1)
+        q, *_, k, v = outputs["qkv"][0].chunk(3 + len(states.layers), dim=-1)  # as many key as query heads
         kvq = "tbase/_kvq"
         for path, ours in (
             (f"{kvq}/pre_attn_layernorm/call0", outputs["pre_attn_layernorm"][0]),
-            (f"{kvq}/queries_layer/call0", outputs["queries_layer"][0]),
+            (f"{kvq}/queries_layer/call0", q),
             (f"{kvq}/keys_layer/call0", k),
             (f"{kvq}/values_layer/call0", v),
-            ("tbase/pre_ffn_layernorm/call0", outputs["pre_ffn"][0]),
+            ("tbase/pre_ffn_layernorm/call0", outputs["pre_ffn"][0].view(ys.shape)),
             ("tbase/ffn/output_layer/call0", outputs["ffn"][0]),
             ("tbase/ffn/call0", ys),
         ):
@@ -188,7 +188,7 @@ def test_the_mask_is_theirs():
     record = Recording("t5_buckets")
     config = module.Config(**module.paper.options("tiny_test", "slide", block_width=8, max_seq_len=8))
     piece = module.Piece(start=0, place=0, t=1, n=8, complete=True, blocks=1)
-    pattern = module.make_pattern(config, piece, 1, None, torch.device("cpu"))
+    pattern = module.make_pattern(config, piece, 1, None, torch.device("cpu"), torch.float32)
     assert torch.equal(pattern.mask, record["out/causal_mask_w8"][:, :15].bool())
     assert not record["out/causal_mask_w8"][:, 15].any()  # the last token is seen by none of its block: left out
     assert torch.equal(pattern.distances[pattern.pairs], -record["out/relative_position_w8"][:, :15].long())
@@ -227,7 +227,7 @@ def test_initial_values_have_the_spread_of_their_code():
     torch.manual_seed(0)
     model = BlockRecurrentTransformer.paper("small_37M", "lstm:dual", num_tokens=256, depth=3)
     cell, update = model.layers[0].cell, model.layers[0].cell.update
-    for linear, scale in ((model.layers[0].to_q, 1), (cell.to_kv, 1), (update.gate.to_forget, 0.1)):
+    for linear, scale in ((model.layers[0].to_qkv, 1), (cell.to_kv, 1), (update.gate.to_forget, 0.1)):
         weight = linear.weight
         assert abs(weight.std() * weight.shape[1] ** 0.5 / scale**0.5 - 1) < 0.02
         assert weight.abs().max() <= 2 * (scale / weight.shape[1]) ** 0.5 / 0.87962

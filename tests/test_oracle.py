@@ -295,7 +295,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation(option: str, use_flash_a
 def test_init_changes_the_initial_values() -> None:
     def kernel(init: str) -> Tensor:
         torch.manual_seed(0)
-        return BlockRecurrentTransformer(**BASE | {"dim": 256, "gate": "lstm"}, init=init).layers[1].to_q.weight
+        return BlockRecurrentTransformer(**BASE | {"dim": 256, "gate": "lstm"}, init=init).layers[1].to_qkv.weight
 
     assert abs(kernel("lecun").std().item() * 256**0.5 - 1) < 0.05
     assert abs(kernel("torch").std().item() * 256**0.5 - 3**-0.5) < 0.05

@@ -213,7 +213,7 @@ def test_every_parameter_gets_a_gradient(variant):
     assert without == []
 
 
-UPDATE = r"layers\.0\.cell\.(to_self_q|to_cross_q|cross_norm|self_norm|update)"
+UPDATE = r"layers\.0\.cell\.(to_q|cross_norm|self_norm|update)"
 UNTRAINED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     # options of the model, of the wrapper, what the warning says, the parameters without a gradient
     "one block a segment": (
