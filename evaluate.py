@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from beartype.roar import BeartypeCallHintViolation
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -90,13 +91,24 @@ def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransform
         if which == "best":
             saved = checkpoint.load(checkpoint.best(checkpoints), only=["model"])
         else:
-            saved = checkpoint.load_latest(checkpoints, only=["model"])
+            saved = checkpoint.load_latest(checkpoints, only=["model"], check=make_model)
+        model = make_model(saved)
     except FileNotFoundError as error:
         raise ValueError(f"run {folder}: {error}; --checkpoint last needs no validation loss") from error
+    for reason in saved.skipped:
+        print(f"passed over a damaged checkpoint: {reason}")
     print(f"{saved.path}, step {saved.step}")
-    config = Config.from_dict(saved.metadata["model_config"])
-    weights = {name: tensor.to(device) for name, tensor in saved.tensors["model"].items()}
-    return BlockRecurrentTransformer.from_weights(config, weights)
+    return model.to(device)
+
+
+def make_model(saved: checkpoint.Checkpoint) -> BlockRecurrentTransformer:
+    """The model of a checkpoint, which may be forged."""
+    try:
+        config = Config.from_dict(saved.metadata["model_config"])
+        return BlockRecurrentTransformer.from_weights(config, saved.tensors["model"])
+    except (AttributeError, BeartypeCallHintViolation, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{saved.path} is not as train.py writes it: {type(error).__name__}: {text}") from error
 
 
 def load_documents(options: argparse.Namespace, folder: Path) -> tuple[data.Source, data.Corpus]:
@@ -296,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         evaluate(options)
     except (ValueError, ImportError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) else 2
     return 0
 
 

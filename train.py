@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -937,7 +938,7 @@ def save(run: Run, metric: float | None) -> bool:
     names = dict(run.model.named_parameters())
     model = distributed.full_state(run.model, processes)
     optimizer = distributed.optimizer_state(names, run.optimizer, processes)
-    own = [(to_cpu(memories), to_cpu(states)) for memories, states in run.carried]
+    own = [to_device(part, "cpu") for part in run.carried]
     carried = [part for parts in processes.gather(own) for part in parts]
     generators = processes.gather(checkpoint.rng_state({"memory": run.generator}))
     metadata = {
@@ -961,66 +962,119 @@ def save(run: Run, metric: float | None) -> bool:
     return processes.share(written)
 
 
-def to_cpu(carried: Any) -> Any:
-    if carried is None:
-        return None
-    return torch.utils._pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, carried)
+def to_device(carried: Any, device: torch.device | str) -> Any:
+    return torch.utils._pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, carried)
 
 
 def restore(run: Run) -> None:
-    """Goes on from the last intact checkpoint of the folder, on any number of processes; without one, at step 0."""
-    options, processes = run.options, run.processes
+    """Goes on from the last checkpoint that can be used, on any number of processes; without one, at step 0.
+
+    What is read may be damaged or forged: all of it is looked at before anything of the run changes.
+    """
+    options, processes, folder = run.options, run.processes, run.folder / "checkpoints"
     try:
-        saved = checkpoint.load_latest(run.folder / "checkpoints", types=CARRIED_TYPES)
+        saved = checkpoint.load_latest(folder, types=CARRIED_TYPES, check=lambda saved: verify(run, saved))
     except FileNotFoundError:
         say(processes, f"{run.folder} holds no checkpoint yet: starting from the beginning")
         return
+    processes.wait()  # until all have read
+    if processes.is_first:
+        checkpoint.forget_after(folder, saved.step)
     for reason in saved.skipped:
         say(processes, f"passed over a damaged checkpoint: {reason}")
-    try:
-        difference = differs(run, saved)
-        if difference is None:
-            take_over(run, saved)
-    except (AttributeError, BeartypeCallHintViolation, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{saved.path} is not as train.py writes it: {type(error).__name__}: {error}; without this "
-                         "folder the run goes on from the checkpoint before") from error  # fmt: skip
-    if difference is not None:
-        raise ValueError(difference)
+    take_over(run, saved)
     say(processes, f"going on after step {run.step} of {options.steps}, from {saved.path}")
 
 
-def differs(run: Run, saved: checkpoint.Checkpoint) -> str | None:
-    """Which option keeps this run from going on from a checkpoint, if any does."""
+def verify(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Raises a ValueError that says why the run cannot go on from a checkpoint, if it cannot."""
+    try:
+        check_metadata(run, saved)
+        check_options(run, saved)
+        distributed.check_full_state(run.model, saved.tensors["model"])
+        expected = optim.state_after_a_step(
+            lambda parameters: make_optimizer(run.options, [{"params": parameters}]), dict(run.model.named_parameters())
+        )
+        distributed.check_optimizer_state(expected, saved.tensors["optimizer"], saved.step)
+        check_carried(run, saved.tensors["carried"])
+        copy(run.stream).load_state_dict(saved.metadata["stream"])
+    except ValueError:
+        raise
+    except (ArithmeticError, AttributeError, BeartypeCallHintViolation, LookupError, RuntimeError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"it is not as train.py writes it: {type(error).__name__}: {text}") from error
+
+
+def check_metadata(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """The types and ranges of what a checkpoint holds beside tensors."""
+    metadata = saved.metadata
+    kinds = {"stream": dict, "rng": list, "loss_scale": list, "skipped": list, "optimizer": str, "model_config": dict}
+    for name, kind in kinds.items():
+        if type(metadata.get(name)) is not kind or not metadata[name]:
+            raise ValueError(f"{name} is {str(metadata.get(name))[:80]}, no {kind.__name__} that train.py writes")
+    match metadata["loss_scale"], metadata["skipped"]:
+        case [float(value), int(streak)], [int(skipped), int(now)] if (
+            1 <= value < math.inf and streak >= 0 and 0 <= now <= skipped <= saved.step
+        ):
+            pass
+        case found:
+            raise ValueError(f"loss_scale and skipped are {str(found)[:80]}")
+    for state in metadata["rng"]:
+        checkpoint.read_rng_state(state, {"memory": run.generator})
+
+
+def check_options(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """The options that a run cannot change when it goes on."""
     options, stream, metadata = run.options, run.stream.state_dict(), saved.metadata
     if Config.from_dict(metadata["model_config"]).fingerprint != run.model.config.fingerprint:
-        return f"--resume {run.folder}: its model has other sizes or options than those given now"
+        raise ValueError("its model has other sizes or options than those given now")
     own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
     for name, now in own.items():
-        was = metadata["optimizer"] if name == "optimizer" else metadata["stream"][name]
+        was = metadata["optimizer"] if name == "optimizer" else metadata["stream"].get(name)
         if was != now:
-            return f"--{name} {now}: the run in {run.folder} has {was}"
-    if metadata["stream"]["corpus"] != stream["corpus"]:
-        return f"--data {options.data}: the run in {run.folder} reads another text, or its files have changed since"
-    dtype, weights = run.model.token_emb.weight.dtype, saved.tensors["model"]
-    if (was := weights["token_emb.weight"].dtype) != dtype:
-        return f"--precision {options.precision} keeps weights in {dtype}, the run in {run.folder} in {was}"
-    return None
+            raise ValueError(f"--{name} {now}: the run in {run.folder} has {was}")
+    if metadata["stream"].get("corpus") != stream["corpus"]:
+        raise ValueError(f"--data {options.data}: the run in {run.folder} reads another text, or its files have "
+                         "changed since")  # fmt: skip
+    was, dtype = saved.tensors["model"]["token_emb.weight"].dtype, run.model.token_emb.weight.dtype
+    if was != dtype:
+        raise ValueError(f"--precision {options.precision} keeps weights in {dtype}, the run in {run.folder} in {was}")
+
+
+def check_carried(run: Run, parts: Any) -> None:
+    """Memories and states of all rows, as they are behind a segment of whole blocks."""
+    if not (type(parts) is list and parts and all(type(part) is tuple and len(part) == 2 for part in parts)):
+        raise ValueError(f"what is carried is {str(parts)[:80]}, no list of memories and states")
+    if all(part == (None, None) for part in parts):
+        return
+    rows = 0
+    for part in parts:
+        memories, states = to_device(part, run.processes.device)
+        count = len(memories.layers[0].block.k)
+        x = torch.zeros(count, 1, dtype=torch.long, device=run.processes.device)
+        run.model.check(x, memories, states, {}, None, None)
+        windows = [layer.window for layer in memories.layers if layer.window is not None]
+        if windows or states.views is not None or not type(memories.place) is type(memories.blocks) is int:
+            raise ValueError("memories or states hold what is not there at the end of a segment")
+        if memories.place != 0:
+            raise ValueError(f"memories stand at place {memories.place} of a block, a segment is whole blocks")
+        if len(parts) == run.options.accumulate * run.processes.size and count != run.rows:
+            raise ValueError(f"memories are of {count} rows, a part has {run.rows}")
+        rows += count
+    if rows != run.options.batch:
+        raise ValueError(f"memories are of {rows} rows, --batch {run.options.batch} has others")
 
 
 def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Everything that `save` wrote."""
+    """Everything that `save` wrote, after `verify`."""
     processes, metadata = run.processes, saved.metadata
     distributed.load_full_state(run.model, saved.tensors["model"])
     names = dict(run.model.named_parameters())
     distributed.load_optimizer_state(names, run.optimizer, saved.tensors["optimizer"])
     run.stream.load_state_dict(metadata["stream"])
     run.carried = deal(run, saved.tensors["carried"])
-    for memories, states in run.carried:
-        x = torch.zeros(run.rows, 1, dtype=torch.long, device=processes.device)
-        run.model.check(x, memories, states, {}, None, None)
-    value, streak = metadata["loss_scale"]
-    run.scale.value, run.scale.streak = float(value), int(streak)
-    run.skipped, run.skipped_now = (int(count) for count in metadata["skipped"])
+    run.scale.value, run.scale.streak = metadata["loss_scale"]
+    run.skipped, run.skipped_now = metadata["skipped"]
     run.step = saved.step
     generators = metadata["rng"]
     if len(generators) == processes.size:
@@ -1039,8 +1093,7 @@ def deal(run: Run, parts: list[Any]) -> list[tuple[Memories | None, States | Non
     if len(parts) != share * size:
         parts = distributed.split_rows(distributed.join_rows(parts), [run.rows] * (share * size))
     own = parts[run.processes.rank * share : (run.processes.rank + 1) * share]
-    device = run.processes.device
-    return [torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, part) for part in own]
+    return [to_device(part, run.processes.device) for part in own]
 
 
 # ------------------------------------------------------------------------------------------------------- 7 the run
@@ -1093,7 +1146,8 @@ def loop(run: Run, log: Log) -> bool:
                 if not save(run, valid) and (is_last or stop):
                     raise OSError(f"the last checkpoint is not written; with more room: {resume_command(run)}")
             if run.skipped_now >= LONGEST_SKIP:
-                raise ValueError(f"{LONGEST_SKIP} steps in a row had no finite gradient: lower --lr {options.lr}?")
+                rate = f"lower --lr {options.lr}?"
+                raise FloatingPointError(f"{LONGEST_SKIP} steps in a row had no finite gradient: {rate}")
             if stop and not is_last:
                 say(processes, f"stopped after step {run.step} of {options.steps}; to go on: {resume_command(run)}")
                 return False
@@ -1205,9 +1259,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with distributed.start(options.device, timeout=options.timeout) as processes:
             return dry_run(options, processes) if options.dry_run else train(options, processes)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr, flush=True)
-        status = 1
+        status = 2 if isinstance(error, (ValueError, ImportError)) else 1
     except KeyboardInterrupt:
         print("train.py: stopped at once, what was done since the last checkpoint is lost", file=sys.stderr, flush=True)
         status = 130

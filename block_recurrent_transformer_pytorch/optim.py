@@ -331,7 +331,30 @@ def _check_adafactor(group: dict[str, Any]) -> None:
         raise ValueError(f"weight_decay={group['weight_decay']}: the authors' Adafactor has none, set it to 0")
 
 
-# 3 weight decay
+# 3 what an optimizer remembers
+
+
+def state_after_a_step(
+    make: Callable[[list[nn.Parameter]], Optimizer], parameters: dict[str, nn.Parameter]
+) -> dict[str, dict[str, Any]]:
+    """What an optimizer remembers of each parameter behind its first step, on the meta device: nothing is computed.
+
+    Args:
+        make: makes the optimizer of a list of parameters.
+        parameters: by name; sharded ones count as whole.
+    """
+    like = {
+        name: nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+        for name, parameter in parameters.items()
+    }
+    for parameter in like.values():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = make(list(like.values()))
+    optimizer.step()
+    return {name: dict(optimizer.state[parameter]) for name, parameter in like.items()}
+
+
+# 4 weight decay
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
