@@ -44,6 +44,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .files import sync
+
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -307,10 +309,10 @@ def _write(path: Path, content: dict[str, Json], trees: dict[str, dict[str, Tens
             file = temporary / f"{name}.safetensors"
             content["files"][file.name] = _write_tensors(file, tensors)
         _write_manifest(temporary / MANIFEST, content)
-        _sync(temporary)
+        sync(temporary)
         _set_aside(path)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -348,7 +350,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Json]:
         code = re.search(r"\(os error (\d+)\)", str(error))
         raise OSError(int(code[1]) if code else None, str(error), str(path)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-    _sync(path)
+    sync(path)
     return {"size": path.stat().st_size, "sha256": _file_digest(path)}
 
 
@@ -418,15 +420,6 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         except OSError as error:
             logger.warning("cannot remove %s: %s", path, error)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's data, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # 3 loading

@@ -54,7 +54,7 @@ def documents(tmp_path_factory):
 def run(documents, tmp_path, capsys, monkeypatch):
     """run("name", "--flag", ...) trains into tmp_path/name and returns (status, what it printed)."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(train, "draw_curve", lambda folder: None)  # takes longer than the run
+    monkeypatch.setattr(train.metrics, "draw_curve", lambda folder: None)  # takes longer than the run
     shared = ["--data", str(documents), "--cache", str(tmp_path / "cache")]
 
     def start(name, *flags, base=SIZES):
@@ -83,15 +83,16 @@ def same_bytes(one, other):
 
 
 def interrupt_at(monkeypatch, step):
-    """Ctrl-C during this step of the next run."""
-    whole = train.train_step
+    """Ctrl-C before the last segment of this step of the next run is computed."""
+    whole, places = train.leave_if_stopped, []
 
     def interrupted(run):
-        if run.step == step - 1:
+        places.append(run.step)
+        if run.step == step - 1 and places.count(run.step) == places.count(0):
             os.kill(os.getpid(), signal.SIGINT)
-        return whole(run)
+        whole(run)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train, "leave_if_stopped", interrupted)
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
@@ -153,7 +154,7 @@ def test_a_run_that_ends_without_a_finite_loss_says_so(run):
 
 def test_a_curve_of_nothing_is_not_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "bits_per_byte": null}\n')
-    train.draw_curve(tmp_path)
+    train.metrics.draw_curve(tmp_path)
     assert not (tmp_path / "curve.png").exists()
 
 
@@ -209,19 +210,28 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch
     status, text = run("cut", *flags.split())
     monkeypatch.undo()
     assert status == 130 and f"--resume {tmp_path / 'cut'}" in text
-    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3]
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2]
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0  # all options come from its folder
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_without_a_checkpoint_a_run_begins_anew(run, tmp_path):
     run("whole")
-    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
     (tmp_path / "cut" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
     (tmp_path / "cut" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
     status, text = run("cut", "--resume")
     assert status == 0 and "no checkpoint yet" in text
     same_bytes(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_log(run, tmp_path):
+    run("a")
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    status, text = run("a", "--resume")
+    assert status == 2 and f"--resume {tmp_path / 'a'}: its checkpoints/ is missing" in text
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_folder_of_something_else_is_no_run(run, tmp_path):
@@ -323,7 +333,7 @@ def forgeable(documents, tmp_path_factory):
     folder = tmp_path_factory.mktemp("forgeable")
     flags = [*SIZES, "--data", str(documents), "--cache", str(folder / "cache"), "--out", str(folder / "run")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_curve", lambda folder: None)
+        patch.setattr(train.metrics, "draw_curve", lambda folder: None)
         assert train.main([*flags, "--steps", "4", "--valid-every", "4"]) == 0
     return train.build(train.parse([*flags, "--resume"]), train.Processes(0, 1, CPU), folder / "run")
 
@@ -488,13 +498,13 @@ def test_a_run_without_any_finite_gradient_ends(run, monkeypatch):
 
 
 def test_loss_scale():
-    scale = train.LossScale(True)
+    scale = train.optim.LossScale(True)
     scale.update(False)
     assert scale.value == 2.0**15
     for _ in range(2000):
         scale.update(True)
     assert scale.value == 2.0**16 and scale.streak == 2000
-    off = train.LossScale(False)
+    off = train.optim.LossScale(False)
     off.update(False)
     assert off.value == 1.0
 
