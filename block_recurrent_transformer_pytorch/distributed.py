@@ -139,7 +139,10 @@ def replicate(module: nn.Module, model: BlockRecurrentTransformer, num_tokens: i
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unused = bool(RecurrentTrainWrapper(model, seq_len=num_tokens).untrained())
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    weight = model.token_emb.weight
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu:  # torch advises against a search that finds nothing, once a run: it finds this
+        module.register_parameter("unused", nn.Parameter(weight.new_zeros(1)))
     keyword = "forward_sync_buffers"  # the buffers are constants; before torch 2.13 the argument had another name
     if keyword not in inspect.signature(DistributedDataParallel).parameters:
         keyword = "broadcast_buffers"
