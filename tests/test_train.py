@@ -745,6 +745,64 @@ def alone(model, text):
     return found
 
 
+VARIANTS = {
+    "default": {},
+    "compressed": {"use_compressed_mem": True, "compressed_mem_factor": 2, "num_xl_blocks": 2},
+    "enhanced": {"enhanced_recurrence": True},
+    "feedback": {"block_feedback": True, "positions": "dynamic", "dynamic_log_distance": False},
+    "sliding": {"attention_window": "sliding", "positions": "t5", "empty_memory": "zeros"},
+    "sliding, masked": {"attention_window": "sliding", "positions": "t5"},
+    "no memory": {"num_xl_blocks": 0, "state_update": "dual"},
+    "memory of one layer": {"xl_layers": (2,), "qk_norm": "head", "state_reads_memory": True},
+    "no state": {"recurrent_layers": ()},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_documents_are_read_as_if_each_were_alone(options, monkeypatch):
+    """In stretches and side by side, every token once, to the same losses as block by block."""
+    monkeypatch.setattr(evaluate, "MOST_TOKENS", 48)
+    torch.manual_seed(0)
+    config = train.Config(num_tokens=11, dim=8, depth=2, dim_head=4, heads=2, block_width=4, max_seq_len=8,
+                          num_state_vectors=3, **options)  # fmt: skip
+    model = train.BlockRecurrentTransformer(config).double().eval()
+    draw = random.Random(0)
+    texts = [[draw.randrange(11) for _ in range(length)] for length in (3, 0, 4, 170, 9, 61, 1, 33)]
+    corpus = train.data.Corpus.from_tokens(texts, num_tokens=11)
+    layout = evaluate.lay_out(corpus, 4)
+    found = {way: evaluate.read(model, corpus, layout, 3, way) for way in evaluate.WAYS}
+    for way, losses_of_way in found.items():
+        assert losses_of_way.positions.sum() == pytest.approx(losses_of_way.blocks.sum())
+        assert (losses_of_way.blocks > 0).all(), way
+    for document, text in enumerate(texts):
+        blocks = slice(*layout.first[document : document + 2])
+        bits = [found[way].blocks[blocks].sum() / math.log(2) / max(1, len(text)) for way in evaluate.WAYS]
+        assert not text or bits == pytest.approx(alone(model, text), rel=1e-9), document
+
+
+@pytest.mark.parametrize("way", evaluate.WAYS)
+def test_every_token_counts_once(way, monkeypatch):
+    class Even(torch.nn.Module):
+        """Every token costs one nat."""
+
+        config = train.Config(num_tokens=11, dim=2, depth=1, block_width=4, max_seq_len=8)
+        token_emb = torch.nn.Linear(1, 1)
+
+        def forward(self, x, **carried):
+            return torch.zeros(*x.shape, 11), None, None
+
+    monkeypatch.setattr(evaluate, "without_memories", lambda model: None)
+    monkeypatch.setattr(evaluate, "MOST_TOKENS", 64)
+    draw = random.Random(1)
+    for _ in range(5):
+        texts = [[1] * draw.choice([0, 1, 3, 4, 5, 70, 300]) for _ in range(9)]
+        corpus = train.data.Corpus.from_tokens([*texts, [1]], 11)
+        layout = evaluate.lay_out(corpus, 4)
+        losses_of_way = evaluate.read(Even(), corpus, layout, draw.choice([1, 2, 16]), way)
+        assert losses_of_way.blocks / math.log(11) == pytest.approx(layout.block_bytes)
+        assert losses_of_way.positions / math.log(11) == pytest.approx(layout.position_bytes)
+
+
 def test_the_bootstrap_covers_the_truth():
     draw = np.random.default_rng(1)
     inside = 0
