@@ -791,6 +791,8 @@ def make_folder(options: argparse.Namespace, processes: Processes) -> Path:
         taken = (Path("runs") / name, *(Path("runs") / f"{name}-{number}" for number in range(2, 1000)))
         options.out = processes.share(next(str(path) for path in taken if not path.exists()))
     folder = Path(options.out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is no folder")
     names = processes.share({path.name for path in folder.iterdir()} if folder.exists() else set())
     if names and not options.resume:
         raise ValueError(f"--out {folder} is not empty; --resume goes on with the run in it")

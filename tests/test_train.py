@@ -591,6 +591,7 @@ REFUSED = {
     "--device nothing": "nothing",
     "--seed 9223372036854775808": "--seed",
     "--resume . --out elsewhere": "--resume .: the run goes on in its folder",
+    f"--out {__file__}": f"--out {__file__} is no folder",
 }
 
 
