@@ -22,17 +22,19 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from beartype.roar import BeartypeCallHintViolation
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data, select_rows
 from train import DEVICES, positive
 
 Floats = NDArray[np.float64]
@@ -44,7 +46,8 @@ WAYS = {  # name: (states are carried, memories are carried)
     "neither": (False, False),
 }
 EDGES = 64 * 2 ** np.arange(15)  # positions 64 ... 1,048,576
-MOST_LOGITS = 2**27  # of a call: rows, tokens and vocabulary multiplied
+MOST_TOKENS = 2**13  # of a call, over all rows; more where --rows segments have more
+MOST_LOGITS = 2**27  # of a call: tokens and vocabulary multiplied
 MANY_DOCUMENTS = 10  # from so many on, documents are what the bootstrap draws; below, blocks
 
 
@@ -90,13 +93,24 @@ def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransform
         if which == "best":
             saved = checkpoint.load(checkpoint.best(checkpoints), only=["model"])
         else:
-            saved = checkpoint.load_latest(checkpoints, only=["model"])
+            saved = checkpoint.load_latest(checkpoints, only=["model"], check=make_model)
+        model = make_model(saved)
     except FileNotFoundError as error:
         raise ValueError(f"run {folder}: {error}; --checkpoint last needs no validation loss") from error
+    for reason in saved.skipped:
+        print(f"passed over a damaged checkpoint: {reason}")
     print(f"{saved.path}, step {saved.step}")
-    config = Config.from_dict(saved.metadata["model_config"])
-    weights = {name: tensor.to(device) for name, tensor in saved.tensors["model"].items()}
-    return BlockRecurrentTransformer.from_weights(config, weights)
+    return model.to(device)
+
+
+def make_model(saved: checkpoint.Checkpoint) -> BlockRecurrentTransformer:
+    """The model of a checkpoint, which may be forged."""
+    try:
+        config = Config.from_dict(saved.metadata["model_config"])
+        return BlockRecurrentTransformer.from_weights(config, saved.tensors["model"])
+    except (AttributeError, BeartypeCallHintViolation, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{saved.path} is not as train.py writes it: {type(error).__name__}: {text}") from error
 
 
 def load_documents(options: argparse.Namespace, folder: Path) -> tuple[data.Source, data.Corpus]:
@@ -127,40 +141,120 @@ def lay_out(corpus: data.Corpus, width: int) -> Layout:
     return Layout(first, sizes * np.repeat(per_token, blocks), per_token @ within, per_token)
 
 
+class Stretch(NamedTuple):
+    """Blocks of a document that are read one behind the other, each with what those before it left."""
+
+    document: int
+    first: int  # block that is read first
+    counted: int  # block whose losses are the first to count: before it, memories fill
+    end: int  # behind the last one
+
+
+def make_stretches(config: Config, layout: Layout, way: str) -> list[Stretch]:
+    """Whole documents where states are carried. Without them what a block sees is bounded: stretches begin anywhere.
+
+    A layer sees so many blocks back, of which each has seen as many in the layer below.
+    """
+    keeps_states, keeps_memories = WAYS[way]
+    warm = config.depth * max(config.reach, config.num_xl_blocks) if keeps_memories else 0
+    whole = keeps_states or (keeps_memories and config.enhanced_recurrence)  # memories of memories
+    stretches = []
+    for document, blocks in enumerate(np.diff(layout.first).tolist()):
+        length = max(1, blocks if whole else 16 * warm)
+        stretches += [
+            Stretch(document, max(0, start - warm), start, min(blocks, start + length))
+            for start in range(0, blocks, length)
+        ]
+    return stretches
+
+
+def side_by_side(stretches: list[Stretch], rows: int, most: int) -> Iterator[list[Stretch]]:
+    """The longest first, in groups of which each is at least half as long as its longest: up to `rows` of them, and
+    more of short ones, as long as a group has no more than `most` blocks."""
+    group: list[Stretch] = []
+    longest = 1
+    for stretch in sorted(stretches, key=lambda one: one.first - one.end):
+        length = stretch.end - stretch.first
+        if group and (2 * length < longest or len(group) >= max(rows, most // longest)):
+            yield group
+            group = []
+        longest = longest if group else length
+        group.append(stretch)
+    if group:
+        yield group
+
+
 @torch.no_grad()
 def read(model: BlockRecurrentTransformer, corpus: data.Corpus, layout: Layout, rows: int, way: str) -> Losses:
     """Reads all documents in one of WAYS. Calls are whole blocks, so that to carry nothing is to begin anew."""
     keeps_states, keeps_memories = WAYS[way]
-    width, device = model.config.block_width, model.token_emb.weight.device
-    count = 1
-    if keeps_states and keeps_memories:
-        most = MOST_LOGITS // (rows * width * model.config.num_tokens)
-        count = max(1, min(model.config.max_seq_len // width, most))
-    stream = data.DocumentStream(corpus, batch=rows, segment=count * width, shuffle=False, repeat=False)
+    bare = None if keeps_memories else without_memories(model)
+    many = keeps_states and (keeps_memories or bare is not None)  # blocks a call
+    model = bare or model
+    config, width = model.config, model.config.block_width
+    most = min(max(MOST_TOKENS, rows * config.max_seq_len), MOST_LOGITS // config.num_tokens) // width
     losses = Losses(np.zeros(len(layout.block_bytes)), np.zeros(len(EDGES) + 1))
-    memories = states = None
     pause = 0.5 if sys.stderr.isatty() else 15
     with tqdm(total=corpus.total_tokens, desc=way, unit="token", unit_scale=True, mininterval=pause) as bar:
-        for batch in stream:
-            x, mask = batch.tokens.to(device), batch.targets_mask.numpy()
-            reset = batch.reset.to(device) if batch.reset.any() and (memories or states) else None
-            logits, memories, states = model(x[:, :-1], xl_memories=memories, states=states, reset=reset)
-            nats = F.cross_entropy(logits.double().transpose(1, 2), x[:, 1:], reduction="none")
-            add_up(losses, layout, np.where(mask, nats.cpu().numpy(), 0), batch, width)
-            memories, states = memories if keeps_memories else None, states if keeps_states else None
-            bar.update(int(mask.sum()))
+        for group in side_by_side(make_stretches(config, layout, way), rows, most):
+            memories = states = None
+            count, start, longest = max(1, most // len(group)) if many else 1, 0, group[0].end - group[0].first
+            for start in range(0, longest, count):
+                alive = [one for one in group if one.end - one.first > start]
+                if len(alive) < len(group):
+                    rows_left = torch.arange(len(alive))
+                    memories, states = (carried and select_rows(carried, rows_left) for carried in (memories, states))
+                group = alive
+                part = load(corpus, layout, group, start, min(count, longest - start), width)
+                x = torch.from_numpy(part.tokens).to(model.token_emb.weight.device)
+                logits, memories, states = model(x[:, :-1], xl_memories=memories, states=states)
+                memories, states = memories if keeps_memories or many else None, states if keeps_states else None
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+                add_up(losses, part, F.cross_entropy(logits, x[:, 1:], reduction="none").cpu().numpy())
+                bar.update(int(part.counts.sum()))
     return losses
 
 
-def add_up(losses: Losses, layout: Layout, nats: Floats, batch: data.Batch, width: int) -> None:
+def without_memories(model: BlockRecurrentTransformer) -> BlockRecurrentTransformer | None:
+    """The model as one that never has a memory, so that a call may hold many blocks; None where there is none."""
+    if model.config.empty_memory == "zeros" or model.config.enhanced_recurrence:
+        return None
+    config = replace(model.config, num_xl_blocks=0, use_compressed_mem=False)
+    with torch.device("meta"):
+        names = BlockRecurrentTransformer(config).state_dict()
+    weights = model.state_dict()
+    return BlockRecurrentTransformer.from_weights(config, {name: weights[name] for name in names})
+
+
+class Part(NamedTuple):
+    """What a call reads."""
+
+    tokens: NDArray[np.int64]  # (b, n + 1): the token before, then the targets, padded with 0
+    counts: NDArray[np.bool_]  # (b, n): which losses count
+    blocks: NDArray[np.int64]  # (b, n / w): which blocks of all documents they are in
+    positions: NDArray[np.int64]  # (b, n): where in their documents
+
+
+def load(corpus: data.Corpus, layout: Layout, group: list[Stretch], start: int, count: int, width: int) -> Part:
+    """The next blocks of every stretch, so many from its `start` on."""
+    document, first, counted, end = np.array(group).T[:, :, None]  # (b, 1) each
+    blocks = first + start + np.arange(count)
+    positions = (first + start) * width + np.arange(count * width)
+    there = positions < np.minimum(end * width, corpus.lengths[document])
+    before = np.append(positions[:, :1] - 1, positions, axis=1)  # (b, n + 1)
+    tokens = corpus.tokens[np.minimum(corpus.offsets[document] + np.maximum(before, 0), corpus.total_tokens - 1)]
+    known = np.append(before[:, :1] >= 0, there, axis=1)
+    counts = there & (positions >= counted * width)
+    return Part(np.where(known, tokens, 0).astype(np.int64), counts, layout.first[document] + blocks, positions)
+
+
+def add_up(losses: Losses, part: Part, nats: Floats) -> None:
     """Adds nats (b, n) to the blocks and positions that they belong to."""
-    for row in np.flatnonzero(batch.targets_mask.any(1).numpy()):
-        document, position = int(batch.document[row]), int(batch.position[row])
-        block = layout.first[document] + position // width
-        sums = nats[row].reshape(-1, width).sum(1)[: layout.first[document + 1] - block]
-        losses.blocks[block : block + len(sums)] += sums
-        bucket = np.searchsorted(EDGES, position + np.arange(nats.shape[1]), side="right")
-        losses.positions[:] += np.bincount(bucket, weights=nats[row], minlength=len(losses.positions))
+    nats, width = np.where(part.counts, nats, 0).astype(np.float64), nats.shape[1] // part.blocks.shape[1]
+    held = part.counts[:, ::width]  # a block counts if its first token does
+    losses.blocks[part.blocks[held]] += nats.reshape(*part.blocks.shape, width).sum(2)[held]
+    buckets = np.searchsorted(EDGES, part.positions.ravel(), side="right")
+    losses.positions[:] += np.bincount(buckets, weights=nats.ravel(), minlength=len(losses.positions))
 
 
 # ----------------------------------------------------------------------------------------------------------- intervals
@@ -296,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         evaluate(options)
     except (ValueError, ImportError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) else 2
     return 0
 
 

@@ -19,7 +19,6 @@ What a run leaves in its folder:
 from __future__ import annotations
 
 import argparse
-import fcntl
 import io
 import json
 import math
@@ -32,7 +31,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -59,7 +59,9 @@ from block_recurrent_transformer_pytorch import (
     data,
     detach,
     distributed,
+    files,
     forget_rows,
+    metrics,
     optim,
     paper,
     replay,
@@ -363,7 +365,7 @@ class Run:
     tokenizer: data.Tokenizer
     stream: data.DocumentStream
     generator: torch.Generator  # of the dropout of memories and states; the same in all processes
-    scale: LossScale
+    scale: optim.LossScale
     carried: list[tuple[Memories | None, States | None]]  # for each part of the rows of this process
     step: int = 0
     skipped: int = 0  # steps whose gradient was not finite
@@ -468,7 +470,7 @@ def build(options: argparse.Namespace, processes: Processes, folder: Path) -> Ru
     seed_everything(options.seed, 0, processes)
     carried: list[tuple[Memories | None, States | None]] = [(None, None)] * options.accumulate
     return Run(options, processes, folder, model, loss, optimizer, schedule, train, valid, tokenizer, stream, generator,
-               LossScale(options.precision == "fp16"), carried)  # fmt: skip
+               optim.LossScale(options.precision == "fp16"), carried)  # fmt: skip
 
 
 def shard(
@@ -531,22 +533,6 @@ class Segments(nn.Module):
         if cut:
             memories, states = memories and detach(memories), states and detach(states)
         return torch.stack(nats).sum(), memories, states
-
-
-class LossScale:
-    """The factor that keeps small gradients within fp16: halved when one overflows, doubled after 2,000 without."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.value, self.streak, self.enabled = 2.0**16 if enabled else 1.0, 0, enabled
-
-    def update(self, finite: bool) -> None:
-        if not self.enabled:
-            return
-        self.streak = self.streak + 1 if finite else 0
-        if not finite:
-            self.value = max(1.0, self.value / 2)
-        elif self.streak % 2000 == 0:
-            self.value *= 2
 
 
 def autocast(options: argparse.Namespace) -> AbstractContextManager[Any]:
@@ -618,6 +604,32 @@ def train_step(run: Run) -> dict[str, Any]:
     }
 
 
+class Stopped(Exception):
+    """A signal to stop came within a step."""
+
+
+@contextmanager
+def undone_if_stopped(run: Run) -> Iterator[None]:
+    """A step that is left half-way leaves nothing behind: the run is as it was behind the step before."""
+    stream, carried = run.stream.state_dict(), list(run.carried)
+    generator, rest = run.generator.get_state(), replay.Random.now(run.processes.device)
+    try:
+        yield
+    except Stopped:
+        run.stream.load_state_dict(stream)
+        run.carried = carried
+        run.generator.set_state(generator)
+        rest.restore()
+        run.optimizer.zero_grad(set_to_none=True)
+        raise
+
+
+def leave_if_stopped(run: Run) -> None:
+    """Between the segments of a step. Several processes go to its end: they would have to agree each time."""
+    if run.stop and run.processes.size == 1:
+        raise Stopped
+
+
 def backward(run: Run, part: int, segments: list[Segment], weight: float) -> Tensor:
     """Adds the gradients of `weight` times the loss of one part of the rows; returns their loss, summed, in nats."""
     last_part = part == run.options.accumulate - 1
@@ -627,6 +639,7 @@ def backward(run: Run, part: int, segments: list[Segment], weight: float) -> Ten
     depth = gradient_depth(run.options)
     total = torch.zeros((), dtype=torch.float64, device=run.processes.device)
     for start in range(0, len(segments), depth):
+        leave_if_stopped(run)
         is_last = last_part and start + depth >= len(segments)
         with exchanging(run, is_last):
             with autocast(run.options):
@@ -651,6 +664,7 @@ class Replayed:
         return None, None  # drawn already
 
     def step(self, part: Segment, memories: Any, states: Any, reset: Any, drops: Any) -> tuple[Tensor, Any, Any]:
+        leave_if_stopped(self.run)
         with autocast(self.run.options):
             nats, memories, states = inner(self.run)([part], memories, states, cut=False)
         return nats / max(1, part.count), memories, states
@@ -777,11 +791,16 @@ def make_folder(options: argparse.Namespace, processes: Processes) -> Path:
         taken = (Path("runs") / name, *(Path("runs") / f"{name}-{number}" for number in range(2, 1000)))
         options.out = processes.share(next(str(path) for path in taken if not path.exists()))
     folder = Path(options.out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is no folder")
     names = processes.share({path.name for path in folder.iterdir()} if folder.exists() else set())
     if names and not options.resume:
         raise ValueError(f"--out {folder} is not empty; --resume goes on with the run in it")
     if names - {"lock", "config.json.tmp"} and "config.json" not in names:
         raise ValueError(f"--resume {folder}: there are files, but no run: it has no config.json")
+    if "metrics.jsonl" in names and "checkpoints" not in names:
+        raise ValueError(f"--resume {folder}: its checkpoints/ is missing, and to begin anew would lose its "
+                         "metrics.jsonl: put the one back, or the other away")  # fmt: skip
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -793,12 +812,11 @@ def locked(folder: Path, processes: Processes) -> Iterator[None]:
     if not processes.is_first:
         yield
         return
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"--out {folder} is in use by a run that has not ended") from error
-        yield
+    try:
+        with files.locked(folder / "lock"):
+            yield
+    except BlockingIOError as error:
+        raise ValueError(f"--out {folder} is in use by a run that has not ended") from error
 
 
 def write_config(run: Run) -> None:
@@ -814,17 +832,8 @@ def write_config(run: Run) -> None:
         "threads": torch.get_num_threads(),
         "corpus": {"train": run.train.fingerprint, "valid": run.valid.fingerprint},
     }  # fmt: skip
-    write_at_once(run.folder / "config.json", json.dumps(content, indent=2) + "\n")
-
-
-def write_at_once(path: Path, text: str) -> None:
-    """Replaces a file by another that is whole and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with files.written_at_once(run.folder / "config.json") as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def git_commit() -> str | None:
@@ -840,94 +849,6 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-class Log:
-    """metrics.jsonl, timing.jsonl and TensorBoard; of the first process, silent in the others.
-
-    metrics.jsonl depends on the options alone: two equal runs, or a run that was stopped and went on, write the same.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.files: list[Any] = []
-        self.board: Any = None
-        if not run.processes.is_first:
-            return
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            cut_after(run.folder / name, run.step)
-            self.files.append((run.folder / name).open("a"))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
-        except ImportError:
-            pass
-
-    def write(self, metrics: dict[str, Any], seconds: float) -> None:
-        if not self.files:
-            return
-        speed = {"step": metrics["step"], "seconds": seconds, "tokens_per_second": metrics["targets"] / seconds}
-        for file, values in zip(self.files, (metrics, speed)):
-            print(json.dumps({name: finite(value) for name, value in values.items()}), file=file, flush=True)
-        for name, value in (metrics | speed).items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, metrics["step"])
-
-    def sync(self) -> None:
-        for file in self.files:
-            os.fsync(file.fileno())
-
-    def close(self) -> None:
-        for file in (*self.files, *([self.board] if self.board else [])):
-            file.close()
-
-
-def finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def cut_after(path: Path, step: int) -> None:
-    """Removes the lines of later steps, and one that was cut off, from a file of a run that goes on after `step`."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_at_once(path, "".join(kept))
-
-
-def draw_curve(folder: Path) -> None:
-    """curve.png from metrics.jsonl: training and validation bits per byte over the steps."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines]
-    bits = np.array([math.nan if line["bits_per_byte"] is None else line["bits_per_byte"] for line in lines])
-    if not np.isfinite(bits).any():
-        return
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
-    width = max(1, len(bits) // 50)
-    smooth = np.convolve(np.nan_to_num(bits), np.ones(width) / width, mode="valid")
-    axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training, mean of {width} steps")
-    valid = [(line["step"], line["valid_bits_per_byte"]) for line in lines if "valid_bits_per_byte" in line]
-    if valid:
-        axes.plot(*zip(*valid), "o-", color="tab:orange", label="validation")
-    axes.set(xlabel="step", ylabel="bits per byte", title=folder.name, ylim=(0.9 * np.nanmin(bits), None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "curve.png", dpi=120)
-    pyplot.close(figure)
-
-
 # ------------------------------------------------------------------------------------------------------- 6 checkpoints
 
 
@@ -937,7 +858,7 @@ def save(run: Run, metric: float | None) -> bool:
     names = dict(run.model.named_parameters())
     model = distributed.full_state(run.model, processes)
     optimizer = distributed.optimizer_state(names, run.optimizer, processes)
-    own = [(to_cpu(memories), to_cpu(states)) for memories, states in run.carried]
+    own = [to_device(part, "cpu") for part in run.carried]
     carried = [part for parts in processes.gather(own) for part in parts]
     generators = processes.gather(checkpoint.rng_state({"memory": run.generator}))
     metadata = {
@@ -961,66 +882,119 @@ def save(run: Run, metric: float | None) -> bool:
     return processes.share(written)
 
 
-def to_cpu(carried: Any) -> Any:
-    if carried is None:
-        return None
-    return torch.utils._pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, carried)
+def to_device(carried: Any, device: torch.device | str) -> Any:
+    return torch.utils._pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, carried)
 
 
 def restore(run: Run) -> None:
-    """Goes on from the last intact checkpoint of the folder, on any number of processes; without one, at step 0."""
-    options, processes = run.options, run.processes
+    """Goes on from the last checkpoint that can be used, on any number of processes; without one, at step 0.
+
+    What is read may be damaged or forged: all of it is looked at before anything of the run changes.
+    """
+    options, processes, folder = run.options, run.processes, run.folder / "checkpoints"
     try:
-        saved = checkpoint.load_latest(run.folder / "checkpoints", types=CARRIED_TYPES)
+        saved = checkpoint.load_latest(folder, types=CARRIED_TYPES, check=lambda saved: verify(run, saved))
     except FileNotFoundError:
         say(processes, f"{run.folder} holds no checkpoint yet: starting from the beginning")
         return
+    processes.wait()  # until all have read
+    if processes.is_first:
+        checkpoint.forget_after(folder, saved.step)
     for reason in saved.skipped:
         say(processes, f"passed over a damaged checkpoint: {reason}")
-    try:
-        difference = differs(run, saved)
-        if difference is None:
-            take_over(run, saved)
-    except (AttributeError, BeartypeCallHintViolation, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{saved.path} is not as train.py writes it: {type(error).__name__}: {error}; without this "
-                         "folder the run goes on from the checkpoint before") from error  # fmt: skip
-    if difference is not None:
-        raise ValueError(difference)
+    take_over(run, saved)
     say(processes, f"going on after step {run.step} of {options.steps}, from {saved.path}")
 
 
-def differs(run: Run, saved: checkpoint.Checkpoint) -> str | None:
-    """Which option keeps this run from going on from a checkpoint, if any does."""
+def verify(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Raises a ValueError that says why the run cannot go on from a checkpoint, if it cannot."""
+    try:
+        check_metadata(run, saved)
+        check_options(run, saved)
+        distributed.check_full_state(run.model, saved.tensors["model"])
+        expected = optim.state_after_a_step(
+            lambda parameters: make_optimizer(run.options, [{"params": parameters}]), dict(run.model.named_parameters())
+        )
+        distributed.check_optimizer_state(expected, saved.tensors["optimizer"], saved.step)
+        check_carried(run, saved.tensors["carried"])
+        copy(run.stream).load_state_dict(saved.metadata["stream"])
+    except ValueError:
+        raise
+    except (ArithmeticError, AttributeError, BeartypeCallHintViolation, LookupError, RuntimeError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"it is not as train.py writes it: {type(error).__name__}: {text}") from error
+
+
+def check_metadata(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """The types and ranges of what a checkpoint holds beside tensors."""
+    metadata = saved.metadata
+    kinds = {"stream": dict, "rng": list, "loss_scale": list, "skipped": list, "optimizer": str, "model_config": dict}
+    for name, kind in kinds.items():
+        if type(metadata.get(name)) is not kind or not metadata[name]:
+            raise ValueError(f"{name} is {str(metadata.get(name))[:80]}, no {kind.__name__} that train.py writes")
+    match metadata["loss_scale"], metadata["skipped"]:
+        case [float(value), int(streak)], [int(skipped), int(now)] if (
+            1 <= value < math.inf and streak >= 0 and 0 <= now <= skipped <= saved.step
+        ):
+            pass
+        case found:
+            raise ValueError(f"loss_scale and skipped are {str(found)[:80]}")
+    for state in metadata["rng"]:
+        checkpoint.read_rng_state(state, {"memory": run.generator})
+
+
+def check_options(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """The options that a run cannot change when it goes on."""
     options, stream, metadata = run.options, run.stream.state_dict(), saved.metadata
     if Config.from_dict(metadata["model_config"]).fingerprint != run.model.config.fingerprint:
-        return f"--resume {run.folder}: its model has other sizes or options than those given now"
+        raise ValueError("its model has other sizes or options than those given now")
     own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
     for name, now in own.items():
-        was = metadata["optimizer"] if name == "optimizer" else metadata["stream"][name]
+        was = metadata["optimizer"] if name == "optimizer" else metadata["stream"].get(name)
         if was != now:
-            return f"--{name} {now}: the run in {run.folder} has {was}"
-    if metadata["stream"]["corpus"] != stream["corpus"]:
-        return f"--data {options.data}: the run in {run.folder} reads another text, or its files have changed since"
-    dtype, weights = run.model.token_emb.weight.dtype, saved.tensors["model"]
-    if (was := weights["token_emb.weight"].dtype) != dtype:
-        return f"--precision {options.precision} keeps weights in {dtype}, the run in {run.folder} in {was}"
-    return None
+            raise ValueError(f"--{name} {now}: the run in {run.folder} has {was}")
+    if metadata["stream"].get("corpus") != stream["corpus"]:
+        raise ValueError(f"--data {options.data}: the run in {run.folder} reads another text, or its files have "
+                         "changed since")  # fmt: skip
+    was, dtype = saved.tensors["model"]["token_emb.weight"].dtype, run.model.token_emb.weight.dtype
+    if was != dtype:
+        raise ValueError(f"--precision {options.precision} keeps weights in {dtype}, the run in {run.folder} in {was}")
+
+
+def check_carried(run: Run, parts: Any) -> None:
+    """Memories and states of all rows, as they are behind a segment of whole blocks."""
+    if not (type(parts) is list and parts and all(type(part) is tuple and len(part) == 2 for part in parts)):
+        raise ValueError(f"what is carried is {str(parts)[:80]}, no list of memories and states")
+    if all(part == (None, None) for part in parts):
+        return
+    rows = 0
+    for part in parts:
+        memories, states = to_device(part, run.processes.device)
+        count = len(memories.layers[0].block.k)
+        x = torch.zeros(count, 1, dtype=torch.long, device=run.processes.device)
+        run.model.check(x, memories, states, {}, None, None)
+        windows = [layer.window for layer in memories.layers if layer.window is not None]
+        if windows or states.views is not None or not type(memories.place) is type(memories.blocks) is int:
+            raise ValueError("memories or states hold what is not there at the end of a segment")
+        if memories.place != 0:
+            raise ValueError(f"memories stand at place {memories.place} of a block, a segment is whole blocks")
+        if len(parts) == run.options.accumulate * run.processes.size and count != run.rows:
+            raise ValueError(f"memories are of {count} rows, a part has {run.rows}")
+        rows += count
+    if rows != run.options.batch:
+        raise ValueError(f"memories are of {rows} rows, --batch {run.options.batch} has others")
 
 
 def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Everything that `save` wrote."""
+    """Everything that `save` wrote, after `verify`."""
     processes, metadata = run.processes, saved.metadata
     distributed.load_full_state(run.model, saved.tensors["model"])
     names = dict(run.model.named_parameters())
     distributed.load_optimizer_state(names, run.optimizer, saved.tensors["optimizer"])
     run.stream.load_state_dict(metadata["stream"])
     run.carried = deal(run, saved.tensors["carried"])
-    for memories, states in run.carried:
-        x = torch.zeros(run.rows, 1, dtype=torch.long, device=processes.device)
-        run.model.check(x, memories, states, {}, None, None)
-    value, streak = metadata["loss_scale"]
-    run.scale.value, run.scale.streak = float(value), int(streak)
-    run.skipped, run.skipped_now = (int(count) for count in metadata["skipped"])
+    run.scale.value, run.scale.streak = metadata["loss_scale"]
+    run.skipped, run.skipped_now = metadata["skipped"]
     run.step = saved.step
     generators = metadata["rng"]
     if len(generators) == processes.size:
@@ -1039,8 +1013,7 @@ def deal(run: Run, parts: list[Any]) -> list[tuple[Memories | None, States | Non
     if len(parts) != share * size:
         parts = distributed.split_rows(distributed.join_rows(parts), [run.rows] * (share * size))
     own = parts[run.processes.rank * share : (run.processes.rank + 1) * share]
-    device = run.processes.device
-    return [torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, part) for part in own]
+    return [to_device(part, run.processes.device) for part in own]
 
 
 # ------------------------------------------------------------------------------------------------------- 7 the run
@@ -1055,9 +1028,10 @@ def train(options: argparse.Namespace, processes: Processes) -> int:
             restore(run)
         if processes.is_first:
             write_config(run)
+            (folder / "checkpoints").mkdir(exist_ok=True)
         describe(run)
         signals = listen(run)
-        log = Log(run)
+        log = metrics.Log(run.folder, after_step=run.step, enabled=processes.is_first)
         try:
             complete = loop(run, log)
         finally:
@@ -1070,53 +1044,67 @@ def train(options: argparse.Namespace, processes: Processes) -> int:
     return 0
 
 
-def loop(run: Run, log: Log) -> bool:
+def loop(run: Run, log: metrics.Log) -> bool:
     """Steps until the last one; False if a signal came before."""
     options, processes = run.options, run.processes
-    pause = 0.5 if sys.stderr.isatty() else 15
+    valid, saved, stop, pause = None, run.step, False, 0.5 if sys.stderr.isatty() else 15
     bar = tqdm(total=options.steps, initial=run.step, unit="step", disable=not processes.is_first, mininterval=pause)
-    with bar:
-        while run.step < options.steps:
+    with bar, suppress(Stopped):
+        while run.step < options.steps and not stop:
             began = time.perf_counter()
-            metrics = train_step(run)
-            seconds = time.perf_counter() - began
-            stop, is_last = metrics.pop("stop"), run.step == options.steps
-            valid = None
-            if is_last or run.step % options.valid_every == 0:
-                batches = options.final_batches or None if is_last else options.valid_batches
-                valid = metrics["valid_bits_per_byte"] = validate(run, batches)
-                say(processes, f"step {run.step}: validation {valid:.4f} bits per byte")
-            log.write(metrics, seconds)
-            show(bar, metrics, seconds)
-            if is_last or stop or run.step % options.checkpoint_every == 0:
+            with undone_if_stopped(run):
+                told = train_step(run)
+            seconds, stop = time.perf_counter() - began, told.pop("stop")
+            valid = look(run)
+            if valid is not None:
+                told["valid_bits_per_byte"] = valid
+            log.write(told, seconds)
+            show(bar, told, seconds)
+            if run.step % options.checkpoint_every == 0:
                 log.sync()
-                if not save(run, valid) and (is_last or stop):
-                    raise OSError(f"the last checkpoint is not written; with more room: {resume_command(run)}")
+                saved = run.step if save(run, valid) else saved
             if run.skipped_now >= LONGEST_SKIP:
-                raise ValueError(f"{LONGEST_SKIP} steps in a row had no finite gradient: lower --lr {options.lr}?")
-            if stop and not is_last:
-                say(processes, f"stopped after step {run.step} of {options.steps}; to go on: {resume_command(run)}")
-                return False
-    return True
+                rate = f"lower --lr {options.lr}?"
+                raise FloatingPointError(f"{LONGEST_SKIP} steps in a row had no finite gradient: {rate}")
+    if saved < run.step:
+        log.sync()
+        if not save(run, valid):
+            raise OSError(f"the last checkpoint is not written; with more room: {resume_command(run)}")
+    if run.step < options.steps:
+        say(processes, f"stopped after step {run.step} of {options.steps}; to go on: {resume_command(run)}")
+    return run.step >= options.steps
 
 
-def show(bar: Any, metrics: dict[str, Any], seconds: float) -> None:
-    told = {"loss": f"{metrics['loss']:.3f}", "bits/byte": f"{metrics['bits_per_byte']:.3f}",
-            "tokens/s": f"{metrics['targets'] / seconds:,.0f}"}  # fmt: skip
-    if metrics["skipped"]:
-        told["skipped"] = str(metrics["skipped"])
-    bar.set_postfix(told, refresh=False)
+def look(run: Run) -> float | None:
+    """Bits per byte of the validation split, if this is a step for it."""
+    options, is_last = run.options, run.step == run.options.steps
+    if not is_last and run.step % options.valid_every:
+        return None
+    valid = validate(run, options.final_batches or None if is_last else options.valid_batches)
+    say(run.processes, f"step {run.step}: validation {valid:.4f} bits per byte")
+    return valid
+
+
+def show(bar: Any, told: dict[str, Any], seconds: float) -> None:
+    shown = {"loss": f"{told['loss']:.3f}", "bits/byte": f"{told['bits_per_byte']:.3f}",
+             "tokens/s": f"{told['targets'] / seconds:,.0f}"}  # fmt: skip
+    if told["skipped"]:
+        shown["skipped"] = str(told["skipped"])
+    bar.set_postfix(shown, refresh=False)
     bar.update()
 
 
 def listen(run: Run) -> dict[int, Any]:
-    """Ctrl-C and SIGTERM stop the run behind the current step; a second one at once. Returns the handlers before."""
+    """Ctrl-C and SIGTERM stop the run; a second one at once, without a checkpoint. Returns the handlers before.
+
+    A single process stops behind the current segment and takes the step back, several behind the current step.
+    """
 
     def stop(number: int, frame: Any) -> None:
         if run.stop:
             raise KeyboardInterrupt
         run.stop.append(number)
-        say(run.processes, "stopping after this step (once more: at once)")
+        say(run.processes, "stopping (once more: at once)")
 
     return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -1145,9 +1133,9 @@ def finish(run: Run) -> None:
         say(run.processes, write_sample(run))
     if not run.processes.is_first:
         return
-    draw_curve(run.folder)
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    values = [line["valid_bits_per_byte"] for line in lines if "valid_bits_per_byte" in line] or [None]
+    metrics.draw_curve(run.folder)
+    values = [line["valid_bits_per_byte"] for line in metrics.read_lines(run.folder)
+              if "valid_bits_per_byte" in line] or [None]  # fmt: skip
     valid = math.nan if values[-1] is None else values[-1]
     skipped = f", {run.skipped} steps skipped" if run.skipped else ""
     epochs = run.step * run.tokens_per_step / run.train.total_tokens
@@ -1205,9 +1193,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with distributed.start(options.device, timeout=options.timeout) as processes:
             return dry_run(options, processes) if options.dry_run else train(options, processes)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr, flush=True)
-        status = 1
+        status = 2 if isinstance(error, (ValueError, ImportError)) else 1
     except KeyboardInterrupt:
         print("train.py: stopped at once, what was done since the last checkpoint is lost", file=sys.stderr, flush=True)
         status = 130

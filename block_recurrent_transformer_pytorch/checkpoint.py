@@ -34,7 +34,7 @@ import random
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .files import sync
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -60,6 +62,10 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint is not what was written: half-written, truncated, altered, or never one of ours."""
 
 
+class OtherFormat(ValueError):
+    """A checkpoint of another version of this format, which is neither damaged nor passed over."""
+
+
 class Checkpoint(NamedTuple):
     """What was loaded. Tensors are on the CPU, in memory of their own."""
 
@@ -68,7 +74,7 @@ class Checkpoint(NamedTuple):
     metadata: dict[str, Any]
     metric: float | None
     path: Path
-    skipped: tuple[str, ...] = ()  # by `load_latest`: which newer checkpoints were damaged, and how
+    skipped: tuple[str, ...] = ()  # by `load_latest`: which newer checkpoints it passed over, and why
 
 
 # 1 trees: any nesting of values <-> JSON and a flat dict of tensors
@@ -303,10 +309,10 @@ def _write(path: Path, content: dict[str, Json], trees: dict[str, dict[str, Tens
             file = temporary / f"{name}.safetensors"
             content["files"][file.name] = _write_tensors(file, tensors)
         _write_manifest(temporary / MANIFEST, content)
-        _sync(temporary)
+        sync(temporary)
         _set_aside(path)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -344,7 +350,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Json]:
         code = re.search(r"\(os error (\d+)\)", str(error))
         raise OSError(int(code[1]) if code else None, str(error), str(path)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-    _sync(path)
+    sync(path)
     return {"size": path.stat().st_size, "sha256": _file_digest(path)}
 
 
@@ -416,15 +422,6 @@ def _remove_leftovers(folder: Path) -> None:
             logger.warning("cannot remove %s: %s", path, error)
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file's data, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # 3 loading
 
 
@@ -453,28 +450,54 @@ def best(folder: StrPath) -> Path:
     return lowest[0]
 
 
-def load_latest(folder: StrPath, *, types: Iterable[type] = (), only: Collection[str] | None = None) -> Checkpoint:
-    """Loads the latest intact checkpoint. Damaged ones are passed over: logged, and listed in `skipped`.
+def load_latest(
+    folder: StrPath,
+    *,
+    types: Iterable[type] = (),
+    only: Collection[str] | None = None,
+    check: Callable[[Checkpoint], object] | None = None,
+) -> Checkpoint:
+    """Loads the latest checkpoint that is intact and can be used. Others are passed over: logged, and in `skipped`.
 
     Args:
         folder: where the run keeps its checkpoints.
         types, only: see `load`.
+        check: looks at what was loaded, before anyone uses it, and raises a ValueError that says why it cannot be used.
+            Digests that fit prove nothing about the contents.
 
     Raises:
         FileNotFoundError: there is no checkpoint at all.
-        ValueError: every checkpoint is damaged; or the latest intact one cannot be used (another format version, named
-            tuples not among `types`), which an earlier one would not mend.
+        OtherFormat: (a ValueError) the latest one is of another format version, which an earlier one would not mend.
+        ValueError: none can be used; says of each why.
     """
     skipped: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
-            return load(path, types=types, only=only)._replace(skipped=tuple(skipped))
-        except DamagedCheckpoint as error:
-            logger.warning("skipped a damaged checkpoint: %s", error)
-            skipped.append(str(error))
+            loaded = load(path, types=types, only=only)
+            if check is not None:
+                check(loaded)
+        except OtherFormat:
+            raise
+        except ValueError as error:
+            skipped.append(str(error) if str(error).startswith(str(path)) else f"{path}: {error}")
+        else:
+            for text in skipped:
+                logger.warning("passed over a damaged checkpoint: %s", text)
+            return loaded._replace(skipped=tuple(skipped))
     if skipped:
-        raise ValueError(f"no intact checkpoint in {folder}: " + "; ".join(skipped))
+        raise ValueError(f"no checkpoint in {folder} can be used: {'; '.join(skipped)}")
     raise FileNotFoundError(f"no checkpoint in {folder}")
+
+
+def forget_after(folder: StrPath, step: int) -> None:
+    """Sets aside the checkpoints of later steps, which were passed over, so that the run can write its own again.
+
+    They are no checkpoints from then on, and the next `save` removes them.
+    """
+    _remove_leftovers(Path(folder))
+    for path in checkpoints(folder):
+        if _step_of(path) > step:
+            _set_aside(path)
 
 
 def load(path: StrPath, *, types: Iterable[type] = (), only: Collection[str] | None = None) -> Checkpoint:
@@ -488,7 +511,8 @@ def load(path: StrPath, *, types: Iterable[type] = (), only: Collection[str] | N
     Raises:
         FileNotFoundError: there is no such folder.
         DamagedCheckpoint: (a ValueError) something is missing, altered or malicious; names the file and the reason.
-        ValueError: another format version, an unknown tree in `only`, named tuples not among `types`.
+        OtherFormat: (a ValueError) another format version.
+        ValueError: an unknown tree in `only`, named tuples not among `types`.
     """
     path = Path(path)
     content = _read_manifest(path)
@@ -542,8 +566,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is not a folder itself")
     file = path / MANIFEST
     content = _read_content(file)
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{file} has format version {content.get('format')!r}, this library reads {FORMAT}")
+    version = content.get("format")
+    if type(version) is not int:
+        raise DamagedCheckpoint(f"{file} has format version {version!r}, which is no number")
+    if version != FORMAT:
+        raise OtherFormat(f"{file} has format version {version}, this library reads {FORMAT}")
     try:
         return _check_content(content, path)
     except (KeyError, TypeError, ValueError) as error:
@@ -672,22 +699,57 @@ def set_rng_state(state: dict[str, Any], generators: Mapping[str, torch.Generato
         generators: torch generators with the same names as then, on the same kinds of device.
 
     Raises:
-        ValueError: a state that is malformed, or other names of generators. Some may have been set by then.
+        ValueError: a state that is malformed, or other names of generators. None has been set then.
     """
     own = dict(generators or {})
+    new = read_rng_state(state, own)
+    random.setstate(new.python)
+    np.random.set_state(new.numpy)
+    torch.set_rng_state(new.torch)
+    if new.cuda is not None:
+        torch.cuda.set_rng_state(new.cuda)
+    for name, generator in own.items():
+        generator.set_state(new.generators[name])
+
+
+class RngState(NamedTuple):
+    """The states of all generators, each in the form that its owner takes."""
+
+    python: tuple[Any, ...]
+    numpy: dict[str, Any]
+    torch: Tensor
+    cuda: Tensor | None
+    generators: dict[str, Tensor]
+
+
+def read_rng_state(state: dict[str, Any], generators: Mapping[str, torch.Generator]) -> RngState:
+    """What `set_rng_state` would set, tried on generators that nobody uses.
+
+    Raises:
+        ValueError: see `set_rng_state`.
+    """
     try:
-        if set(state["generators"]) != set(own):
-            raise ValueError(f"saved generators are {sorted(state['generators'])}, given ones {sorted(own)}")
+        if set(state["generators"]) != set(generators):
+            raise ValueError(f"saved generators are {sorted(state['generators'])}, given ones {sorted(generators)}")
         version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), None if gauss is None else float(gauss)))
-        np.random.set_state(_numpy_state(state["numpy"]))
-        torch.set_rng_state(_to_tensor(state["torch"]))
-        if state["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(_to_tensor(state["cuda"]))
-        for name, generator in own.items():
-            generator.set_state(_to_tensor(state["generators"][name]))
+        cuda = state["cuda"] if torch.cuda.is_available() else None
+        new = RngState(
+            (version, tuple(internal), None if gauss is None else float(gauss)),
+            _numpy_state(state["numpy"]),
+            _to_tensor(state["torch"]),
+            None if cuda is None else _to_tensor(cuda),
+            {name: _to_tensor(state["generators"][name]) for name in generators},
+        )
+        random.Random().setstate(new.python)
+        np.random.RandomState().set_state(new.numpy)
+        torch.Generator().set_state(new.torch)
+        if new.cuda is not None:
+            torch.Generator("cuda").set_state(new.cuda)
+        for name, generator in generators.items():
+            torch.Generator(generator.device).set_state(new.generators[name])
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"not a state of the random number generators: {type(error).__name__}: {error}") from error
+    return new
 
 
 def _numpy_state(state: dict[str, Any]) -> dict[str, Any]:

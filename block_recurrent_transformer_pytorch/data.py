@@ -24,15 +24,12 @@ import importlib
 import io
 import json
 import math
-import os
 import sysconfig
 import urllib.request
-import uuid
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +40,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from tqdm import tqdm
+
+from .files import written_at_once
 
 __all__ = [
     "Batch",
@@ -182,7 +181,7 @@ def download_enwik8(folder: str | Path = "data", *, timeout: float = 5.0, progre
     if len(unpacked) != ENWIK8_BYTES:
         return None
     path = Path(folder) / "enwik8"
-    with _written_at_once(path) as file:
+    with written_at_once(path, shared=True) as file:
         file.write(unpacked)
     return path
 
@@ -481,8 +480,8 @@ def build_corpus(source: Source, tokenizer: Tokenizer, cache: str | Path, *, pro
     """Encodes every document once, into a memory-mapped file of the folder ``cache``.
 
     The file is named by the hash of the source's bytes and the tokenizer, written to a temporary name and renamed. If
-    it is there already it is used; if it is damaged, a warning says so and it is built again. Processes that build the
-    same file at the same time do not disturb each other, but do the work twice: let one go first.
+    it is there already it is used; if any byte of it is damaged, a warning says so and it is built again. Processes
+    that build the same file at the same time do not disturb each other, but do the work twice: let one go first.
 
     Raises:
         ValueError: the source gives no token, changed since it was surveyed, or an id is outside the vocabulary.
@@ -493,52 +492,58 @@ def build_corpus(source: Source, tokenizer: Tokenizer, cache: str | Path, *, pro
     if path.exists():
         try:
             return _open_cache(path, fingerprint)
-        except (ValueError, KeyError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             warnings.warn(f"{path} is damaged and built again: {error}", stacklevel=2)
     _write_cache(path, source, tokenizer, fingerprint, progress)
     return _open_cache(path, fingerprint)
 
 
 # The cache file: a header of 4096 bytes (hash of the rest of the header, newline, JSON, spaces), the tokens, and the
-# index: offsets (documents + 1) and byte counts (documents), both int64. All little-endian.
-_FORMAT = 1
+# index: offsets (documents + 1) and byte counts (documents), both int64. All little-endian. The header holds the hash
+# of what is behind it, which is checked at each opening: a second a GB, as long as the sources take to be surveyed.
+_FORMAT = 2
 _HEADER_BYTES = 4096
 
 
 def _write_cache(path: Path, source: Source, tokenizer: Tokenizer, fingerprint: str, progress: bool) -> None:
-    lengths = []
-    with _written_at_once(path) as file, _progress_bar("tokenizing", "B", source.num_bytes, progress) as bar:
+    lengths, digest = [], hashlib.sha256()
+    bar = _progress_bar("tokenizing", "B", source.num_bytes, progress)
+    with written_at_once(path, shared=True) as file, bar:
         file.write(bytes(_HEADER_BYTES))
         for document in source.documents:
             data = document.read()
             if hashlib.sha256(data).hexdigest() != document.sha256:
                 raise ValueError(f"source: {document.name} changed while it was read")
-            ids = _as_ids(tokenizer.encode(data), tokenizer.num_tokens, f"tokenizer: {document.name}")
-            file.write(ids.tobytes())
-            lengths.append(len(ids))
+            ids = _as_ids(tokenizer.encode(data), tokenizer.num_tokens, f"tokenizer: {document.name}").tobytes()
+            file.write(ids)
+            digest.update(ids)
+            lengths.append(len(ids) // _dtype(tokenizer.num_tokens).itemsize)
             bar.update(len(data))
         if not sum(lengths):
             raise ValueError(f"source: {len(lengths)} documents of {source.num_bytes} bytes give no token")
         byte_counts = np.array([document.num_bytes for document in source.documents])
         index = np.concatenate([_ends(np.array(lengths)), byte_counts]).astype("<i8").tobytes()
+        file.write(index)
+        digest.update(index)
         header = {
             "fingerprint": fingerprint,
             "num_tokens": tokenizer.num_tokens,
             "documents": len(lengths),
             "total_tokens": sum(lengths),
-            "index": hashlib.sha256(index).hexdigest(),
+            "sha256": digest.hexdigest(),
         }
         body = json.dumps(header).encode().ljust(_HEADER_BYTES - 65)
-        file.write(index)
         file.seek(0)
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def _open_cache(path: Path, fingerprint: str) -> Corpus:
     """Maps the file; a ValueError says in what it is damaged."""
-    size = path.stat().st_size
+    size, content = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
         digest, _, body = file.read(_HEADER_BYTES).partition(b"\n")
+        while piece := file.read(1 << 20):
+            content.update(piece)
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError("the header does not match its hash")
     header = json.loads(body)
@@ -550,9 +555,9 @@ def _open_cache(path: Path, fingerprint: str) -> Corpus:
         raise ValueError(f"it holds {size} bytes instead of {expected}")
     if header["fingerprint"] != fingerprint:
         raise ValueError(f"it was made of {header['fingerprint']} instead of {fingerprint}")
+    if content.hexdigest() != header["sha256"]:
+        raise ValueError("the tokens do not match their hash")
     index = np.fromfile(path, dtype="<i8", offset=index_start)
-    if hashlib.sha256(index.tobytes()).hexdigest() != header["index"]:
-        raise ValueError("the index does not match its hash")
     tokens = np.memmap(path, dtype=dtype, mode="r", offset=_HEADER_BYTES, shape=(total,))
     return Corpus(tokens, index[: documents + 1], index[documents + 1 :], header["num_tokens"], fingerprint)
 
@@ -747,24 +752,6 @@ def _integers(name: str, values: Any, count: int, low: int, high: int) -> NDArra
         if type(value) is not int or not low <= value < high:
             raise ValueError(f"state: {name} holds {str(value)[:80]}, not an int in [{low}, {high})")
     return np.array(values, dtype=np.int64)
-
-
-# 6 files
-
-
-@contextmanager
-def _written_at_once(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _progress_bar(title: str, unit: str, total: int | None, progress: bool) -> Any:

@@ -139,7 +139,10 @@ def replicate(module: nn.Module, model: BlockRecurrentTransformer, num_tokens: i
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unused = bool(RecurrentTrainWrapper(model, seq_len=num_tokens).untrained())
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    weight = model.token_emb.weight
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu:  # torch advises against a search that finds nothing, once a run: it finds this
+        module.register_parameter("unused", nn.Parameter(weight.new_zeros(1)))
     keyword = "forward_sync_buffers"  # the buffers are constants; before torch 2.13 the argument had another name
     if keyword not in inspect.signature(DistributedDataParallel).parameters:
         keyword = "broadcast_buffers"
@@ -156,58 +159,96 @@ def full_state(module: nn.Module, processes: Processes) -> dict[str, Tensor]:
     }
 
 
-def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of `full_state`; every process gives the same tensors.
+def check_full_state(module: nn.Module, state: Any) -> None:
+    """Whether `load_full_state` can take this, which may come from a file that is not trusted.
 
     Raises:
-        ValueError: names or shapes are not those of the module.
+        ValueError: names, shapes or types are not those of the module.
     """
     own = module.state_dict()
-    if missing := sorted(set(own) ^ set(state)):
-        raise ValueError(f"parameters {missing[:5]} are in the state or in the model, not in both")
+    check_names("parameters", own, state)
+    for name, tensor in own.items():
+        check_like(name, state[name], tensor)
+
+
+def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of `full_state`; every process gives the same tensors, which `check_full_state` has seen."""
     with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                raise ValueError(f"{name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}")
+        for name, tensor in module.state_dict().items():
             tensor.copy_(part_of(state[name], tensor))
 
 
 def optimizer_state(
     names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, processes: Processes
 ) -> dict[str, Any]:
-    """What an optimizer remembers, by the parameters' names, with whole tensors on the CPU of the first process."""
+    """What an optimizer remembers, by the parameters' names, with whole tensors on the CPU of the first process.
+
+    A parameter that had no gradient yet has an empty entry.
+    """
     state = {
-        name: {key: whole(value, processes) if isinstance(value, Tensor) else value for key, value in memory.items()}
+        name: {
+            key: whole(value, processes) if isinstance(value, Tensor) else value
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
         for name, parameter in names.items()
-        if (memory := optimizer.state.get(parameter))
     }
     return state if processes.is_first else {}
+
+
+def check_optimizer_state(expected: dict[str, dict[str, Any]], state: Any, steps: int) -> None:
+    """Whether `load_optimizer_state` can take this, which may come from a file that is not trusted.
+
+    Args:
+        expected: what the optimizer remembers of each parameter after a step; tensors may be on the meta device.
+        state: the state to look at.
+        steps: how many it may have done.
+
+    Raises:
+        ValueError: it is not of these parameters, lacks a value, or has one of another type, shape or range.
+    """
+    check_names("parameters of the optimizer", expected, state)
+    for name, wanted in expected.items():
+        if state[name] == {}:
+            continue
+        check_names(f"what the optimizer remembers of {name}", wanted, state[name])
+        for key, like in wanted.items():
+            check_like(f"{key} of {name}", state[name][key], like)
+        if not 1 <= state[name]["step"] <= steps:
+            raise ValueError(f"the optimizer has {state[name]['step']} steps of {name}, must be from 1 to {steps}")
 
 
 def load_optimizer_state(
     names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """The inverse of `optimizer_state`; every process gives the same.
-
-    Raises:
-        ValueError: the state of a parameter that the optimizer does not have, or of another shape.
-    """
-    if unknown := sorted(set(state) - set(names)):
-        raise ValueError(f"the optimizer's state has the parameters {unknown[:5]}, which the model lacks")
+    """The inverse of `optimizer_state`; every process gives the same, which `check_optimizer_state` has seen."""
     for name, memory in state.items():
         parameter = names[name]
-        for key, value in memory.items():
-            if isinstance(value, Tensor) and value.ndim and not covers(value.shape, parameter.shape):
-                raise ValueError(f"{key} of {name} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
-        optimizer.state[parameter] = {
-            key: part_of(value, parameter) if isinstance(value, Tensor) and value.ndim else value
-            for key, value in memory.items()
-        }
+        if memory:
+            optimizer.state[parameter] = {
+                key: part_of(value, parameter) if isinstance(value, Tensor) and value.ndim else value
+                for key, value in memory.items()
+            }
 
 
-def covers(shape: torch.Size, whole: torch.Size) -> bool:
-    """Whether a shape is another one, but for dimensions of which only a mean is kept (Adafactor's)."""
-    return len(shape) == len(whole) and all(own in (1, size) for own, size in zip(shape, whole))
+def check_names(what: str, own: dict[str, Any], given: Any) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{what}: a {type(given).__name__} instead of a dict")
+    if missing := sorted(set(own) - set(given)):
+        raise ValueError(f"{what}: {missing[:5]} are missing")
+    if unknown := sorted(set(given) - set(own), key=str):
+        raise ValueError(f"{what}: {unknown[:5]} are unknown")
+
+
+def check_like(name: str, value: Any, like: Any) -> None:
+    """Whether a value has the type of another, and its shape if they are tensors."""
+    if not isinstance(like, Tensor):
+        if type(value) is not type(like):
+            raise ValueError(f"{name} is a {type(value).__name__} instead of a {type(like).__name__}")
+    elif not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__} instead of a tensor")
+    elif value.shape != like.shape or value.dtype != like.dtype:
+        kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, like)]
+        raise ValueError(f"{name} is {kinds[0]} instead of {kinds[1]}")
 
 
 def whole(tensor: Tensor, processes: Processes) -> Tensor | None:

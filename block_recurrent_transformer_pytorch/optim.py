@@ -1,4 +1,4 @@
-"""What turns gradients into steps: learning-rate schedules, the authors' Adafactor, weight-decay groups.
+"""What turns gradients into steps: learning-rate schedules, the authors' Adafactor, loss scales, weight-decay groups.
 
 Sources: the training code of the Block-Recurrent Transformer (Hutchins et al. 2022, arXiv 2203.07852; repository
 google-research/meliad), whose recorded numbers the tests compare against, and Adafactor (Shazeer & Stern 2018,
@@ -331,7 +331,49 @@ def _check_adafactor(group: dict[str, Any]) -> None:
         raise ValueError(f"weight_decay={group['weight_decay']}: the authors' Adafactor has none, set it to 0")
 
 
-# 3 weight decay
+# 3 loss scaling
+
+
+class LossScale:
+    """The factor that keeps small gradients within fp16: halved when one overflows, doubled after 2,000 without."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.value, self.streak, self.enabled = 2.0**16 if enabled else 1.0, 0, enabled
+
+    def update(self, finite: bool) -> None:
+        if not self.enabled:
+            return
+        self.streak = self.streak + 1 if finite else 0
+        if not finite:
+            self.value = max(1.0, self.value / 2)
+        elif self.streak % 2000 == 0:
+            self.value *= 2
+
+
+# 4 what an optimizer remembers
+
+
+def state_after_a_step(
+    make: Callable[[list[nn.Parameter]], Optimizer], parameters: dict[str, nn.Parameter]
+) -> dict[str, dict[str, Any]]:
+    """What an optimizer remembers of each parameter behind its first step, on the meta device: nothing is computed.
+
+    Args:
+        make: makes the optimizer of a list of parameters.
+        parameters: by name; sharded ones count as whole.
+    """
+    like = {
+        name: nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+        for name, parameter in parameters.items()
+    }
+    for parameter in like.values():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = make(list(like.values()))
+    optimizer.step()
+    return {name: dict(optimizer.state[parameter]) for name, parameter in like.items()}
+
+
+# 5 weight decay
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from block_recurrent_transformer_pytorch import checkpoint as room
+from block_recurrent_transformer_pytorch import files
 from block_recurrent_transformer_pytorch.checkpoint import (
     DamagedCheckpoint,
     best,
@@ -567,6 +568,65 @@ def test_a_real_limit_of_the_file_size(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["step-00000001"]
+
+
+def watch_disk(monkeypatch):
+    """What is told to the disk, in order: ("sync", name) and ("rename", from, to)."""
+    told, fsync, replace, rename = [], os.fsync, os.replace, os.rename
+
+    def synced(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        told.append(("sync", path.name, path.stat().st_size if path.is_file() else sorted(os.listdir(path))))
+        fsync(descriptor)
+
+    def renamed(function, source, target):
+        told.append(("rename", Path(source).name, Path(target).name))
+        function(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda source, target: renamed(replace, source, target))
+    monkeypatch.setattr(os, "rename", lambda source, target: renamed(rename, source, target))
+    return told
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    told = watch_disk(monkeypatch)
+    path = write(tmp_path, 2, keep=1)
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    assert told == [
+        ("sync", "model.safetensors", sizes["model.safetensors"]),
+        ("sync", "memories.safetensors", sizes["memories.safetensors"]),
+        ("sync", "checkpoint.json", sizes["checkpoint.json"]),
+        ("sync", ".tmp-step-00000002", sorted(sizes)),  # the folder's entries
+        ("rename", ".tmp-step-00000002", "step-00000002"),
+        ("sync", tmp_path.name, ["step-00000001", "step-00000002"]),
+        ("rename", "step-00000001", ".tmp-removed-step-00000001"),  # and only then the old one goes
+    ]
+
+
+def test_a_file_written_at_once_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("old")
+    told = watch_disk(monkeypatch)
+    with files.written_at_once(tmp_path / "a.json") as file:
+        file.write(b"newer")
+        assert (tmp_path / "a.json").read_text() == "old"
+    assert told == [
+        ("sync", "a.json.tmp", 5),
+        ("rename", "a.json.tmp", "a.json"),
+        ("sync", tmp_path.name, ["a.json"]),
+    ]
+    with pytest.raises(KeyError), files.written_at_once(tmp_path / "a.json") as file:
+        file.write(b"half")
+        raise KeyError
+    assert (tmp_path / "a.json").read_text() == "newer" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_lock_belongs_to_one(tmp_path):
+    with files.locked(tmp_path / "lock"), pytest.raises(BlockingIOError), files.locked(tmp_path / "lock"):
+        pass
+    with files.locked(tmp_path / "lock"):
+        pass
 
 
 def test_leftovers_are_ignored_and_removed(tmp_path):

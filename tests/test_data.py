@@ -597,6 +597,12 @@ def test_cache_type_follows_the_vocabulary(tmp_path: Path, three_files: Source, 
     assert corpus.tokens.dtype == np.dtype(dtype) and corpus.tokens[0] == ord("a")
 
 
+def with_header(content: bytes, header: Any) -> bytes:
+    """Another header, with its hash made right."""
+    body = json.dumps(header).encode().ljust(4096 - 65)
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body + content[4096:]
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -605,7 +611,10 @@ def test_cache_type_follows_the_vocabulary(tmp_path: Path, three_files: Source, 
         (lambda content: content[:100] + b"?" + content[101:], "header does not match"),
         (lambda content: content[:-1], "bytes instead of"),
         (lambda content: content + b"\0", "bytes instead of"),
-        (lambda content: content[:-8] + b"\1" + content[-7:], "index does not match"),
+        (lambda content: content[:-8] + b"\1" + content[-7:], "tokens do not match"),
+        (lambda content: content[:4096] + b"?" + content[4097:], "tokens do not match"),
+        (lambda content: with_header(content, []), "list indices"),
+        (lambda content: with_header(content, {"num_tokens": "many"}), "TypeError|supported between"),
     ],
 )
 def test_damaged_cache_is_reported_and_rebuilt(tmp_path: Path, three_files: Source, damage: Any, reason: str) -> None:

@@ -11,9 +11,11 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +54,7 @@ def documents(tmp_path_factory):
 def run(documents, tmp_path, capsys, monkeypatch):
     """run("name", "--flag", ...) trains into tmp_path/name and returns (status, what it printed)."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(train, "draw_curve", lambda folder: None)  # takes longer than the run
+    monkeypatch.setattr(train.metrics, "draw_curve", lambda folder: None)  # takes longer than the run
     shared = ["--data", str(documents), "--cache", str(tmp_path / "cache")]
 
     def start(name, *flags, base=SIZES):
@@ -81,15 +83,16 @@ def same_bytes(one, other):
 
 
 def interrupt_at(monkeypatch, step):
-    """Ctrl-C during this step of the next run."""
-    whole = train.train_step
+    """Ctrl-C before the last segment of this step of the next run is computed."""
+    whole, places = train.leave_if_stopped, []
 
     def interrupted(run):
-        if run.step == step - 1:
+        places.append(run.step)
+        if run.step == step - 1 and places.count(run.step) == places.count(0):
             os.kill(os.getpid(), signal.SIGINT)
-        return whole(run)
+        whole(run)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train, "leave_if_stopped", interrupted)
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
@@ -151,7 +154,7 @@ def test_a_run_that_ends_without_a_finite_loss_says_so(run):
 
 def test_a_curve_of_nothing_is_not_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "bits_per_byte": null}\n')
-    train.draw_curve(tmp_path)
+    train.metrics.draw_curve(tmp_path)
     assert not (tmp_path / "curve.png").exists()
 
 
@@ -207,14 +210,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch
     status, text = run("cut", *flags.split())
     monkeypatch.undo()
     assert status == 130 and f"--resume {tmp_path / 'cut'}" in text
-    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3]
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2]
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0  # all options come from its folder
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_without_a_checkpoint_a_run_begins_anew(run, tmp_path):
     run("whole")
-    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
     (tmp_path / "cut" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
     (tmp_path / "cut" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
     status, text = run("cut", "--resume")
@@ -222,11 +225,20 @@ def test_without_a_checkpoint_a_run_begins_anew(run, tmp_path):
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_whose_checkpoints_are_gone_keeps_its_log(run, tmp_path):
+    run("a")
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    status, text = run("a", "--resume")
+    assert status == 2 and f"--resume {tmp_path / 'a'}: its checkpoints/ is missing" in text
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_folder_of_something_else_is_no_run(run, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mother.txt").write_text("dear")
     status, text = run("letters", "--resume")
-    assert status == 1 and "no config.json" in text
+    assert status == 2 and "no config.json" in text
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mother.txt"]
 
 
@@ -242,40 +254,123 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, tmp_path):
 
 def forge(folder, edit):
     """Changes the content of a run's last checkpoint, and its digest too."""
-    file = checkpoint.checkpoints(folder / "checkpoints")[-1] / checkpoint.MANIFEST
+    forge_at(checkpoint.checkpoints(folder / "checkpoints")[-1], edit)
+
+
+def forge_at(path, edit):
+    file = path / checkpoint.MANIFEST
     content = json.loads(file.read_text())["content"]
     edit(content)
     file.write_text(json.dumps({"sha256": checkpoint._content_digest(content), "content": content}))
 
 
-FORGED = {  # of a checkpoint that is whole: what is in it
-    "no metadata": lambda content: content.update(metadata={}),
-    "a model without sizes": lambda content: content["metadata"].update(model_config={}),
-    "a model of words": lambda content: content["metadata"]["model_config"].update(dim="wide"),
-    "no stream": lambda content: content["metadata"].update(stream=None),
-    "no generators": lambda content: content["metadata"].update(rng=[]),
-    "a loss scale of words": lambda content: content["metadata"].update(loss_scale=["a", "b"]),
-    "nothing skipped": lambda content: content["metadata"].update(skipped=None),
-    "numbers for tensors": lambda content: content["trees"]["model"].update({"norm.weight": 3}),
-    "a list for the optimizer": lambda content: content["trees"].update(optimizer=[]),
-    "averages of another shape": lambda content: content["trees"]["optimizer"].update(
-        {"norm.weight": content["trees"]["optimizer"]["token_emb.weight"]}
+def put(content, *path, value):
+    """Sets what stands at a path of the content of a checkpoint, or removes it where the value is `Ellipsis`."""
+    *way, last = (int(key) if key.isdigit() else key for key in path)
+    for key in way:
+        content = content[key]
+    if value is ...:
+        del content[last]
+    else:
+        content[last] = value
+
+
+FORGED = {  # of a checkpoint whose digests are right: where, what, and what is said of it
+    "no metadata": ("metadata", {}, "stream is None"),
+    "a model without sizes": ("metadata/model_config", {}, "model_config"),
+    "a model of words": ("metadata/model_config/dim", "wide", "dim"),
+    "a larger model": ("metadata/model_config/dim", 32, "other sizes"),
+    "an unknown option": ("metadata/model_config/colour", 3, "colour"),
+    "no stream": ("metadata/stream", None, "stream is None"),
+    "another batch": ("metadata/stream/batch", 3, "--batch 4"),
+    "another text": ("metadata/stream/corpus", "x", "another text"),
+    "a stream of words": ("metadata/stream/positions", ["a"] * 4, "positions"),
+    "a stream elsewhere": ("metadata/stream/documents", [10**6] * 4, "documents"),
+    "a stream without epoch": ("metadata/stream/epoch", ..., "lacks epoch"),
+    "no generators": ("metadata/rng", [], "rng is []"),
+    "generators of words": ("metadata/rng", ["a"], "random number generators"),
+    "short generators": ("metadata/rng/0/torch", "AAAA", "random number generators"),
+    "another generator": ("metadata/rng/0/generators", {"other": "AAAA"}, "saved generators are"),
+    "a loss scale of words": ("metadata/loss_scale", ["a", "b"], "loss_scale and skipped"),
+    "a loss scale of nothing": ("metadata/loss_scale", [0.0, 0], "loss_scale and skipped"),
+    "nothing skipped": ("metadata/skipped", None, "skipped is None"),
+    "more skipped than done": ("metadata/skipped", [9, 9], "loss_scale and skipped"),
+    "another optimizer": ("metadata/optimizer", "adafactor", "--optimizer adamw"),
+    "no model": ("trees/model", {}, "token_emb.weight"),
+    "numbers for tensors": ("trees/model/norm.weight", 3, "norm.weight is a int"),
+    "a parameter is missing": ("trees/model/norm.weight", ..., "'norm.weight'] are missing"),
+    "one too many": ("trees/model/other", {"$tensor": "norm.weight"}, "'other'] are unknown"),
+    "another shape": ("trees/model/norm.weight", {"$tensor": "token_emb.weight"}, "(256, 16) instead of"),
+    "a tensor that is not there": ("trees/model/norm.weight", {"$tensor": "other"}, "'other'"),
+    "a class of its own": ("trees/model", {"$namedtuple": ["Popen", {"args": "id"}]}, "Popen"),
+    "a list for the optimizer": ("trees/optimizer", [], "list instead of a dict"),
+    "no optimizer": ("trees/optimizer", {}, "are missing"),
+    "no averages": ("trees/optimizer/norm.weight/exp_avg", ..., "'exp_avg'] are missing"),
+    "no steps": ("trees/optimizer/norm.weight/step", ..., "'step'] are missing"),
+    "averages of words": ("trees/optimizer/norm.weight/exp_avg", "a", "exp_avg of norm.weight is a str"),
+    "averages of another shape": (
+        "trees/optimizer/norm.weight/exp_avg_sq", {"$tensor": "token_emb.weight/exp_avg"}, "instead of",
     ),
-    "nothing carried": lambda content: content["trees"].update(carried=[]),
-    "numbers carried": lambda content: content["trees"].update(carried=[[1, 2]]),
-}
+    "averages of nobody": ("trees/optimizer/other", {}, "'other'] are unknown"),
+    "nothing carried": ("trees/carried", [], "what is carried"),
+    "numbers carried": ("trees/carried", [[1, 2]], "what is carried"),
+    "a pair of numbers": ("trees/carried", [{"$tuple": [1, 2]}], "it is not as train.py writes it"),
+    "no state": ("trees/carried/0/$tuple/1", None, "it is not as train.py writes it"),
+    "a place in a block": ("trees/carried/0/$tuple/0/$namedtuple/1/place", 3, "place 3"),
+    "blocks of words": ("trees/carried/0/$tuple/0/$namedtuple/1/blocks", "a", "not as train.py"),
+    "many blocks": ("trees/carried/0/$tuple/0/$namedtuple/1/blocks", 99, "blocks=99"),
+    "one layer": ("trees/carried/0/$tuple/0/$namedtuple/1/layers", {"$tuple": []}, "not as train.py"),
+    "another step": ("step", 7, "step 7 in a folder"),
+    "words for a metric": ("metric", "low", "metric"),
+    "no trees": ("trees", {}, "files"),
+    "no version": ("format", ..., "format version None"),
+}  # fmt: skip
 
 
-def test_a_forged_checkpoint_is_named(run, tmp_path):
-    run("a", "--steps", "2", "--valid-every", "2")
-    file = tmp_path / "a" / "checkpoints" / "step-00000002" / checkpoint.MANIFEST
-    whole = file.read_bytes()
-    for name, change in FORGED.items():
-        file.write_bytes(whole)
-        forge(tmp_path / "a", change)
-        status, text = run("a", "--resume", "--steps", "3")
-        assert status == 1 and f"{file.parent} is not as train.py writes it" in text, name
-        assert "Traceback" not in text
+@pytest.fixture(scope="module")
+def forgeable(documents, tmp_path_factory):
+    """A run at its beginning whose folder holds checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("forgeable")
+    flags = [*SIZES, "--data", str(documents), "--cache", str(folder / "cache"), "--out", str(folder / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.metrics, "draw_curve", lambda folder: None)
+        assert train.main([*flags, "--steps", "4", "--valid-every", "4"]) == 0
+    return train.build(train.parse([*flags, "--resume"]), train.Processes(0, 1, CPU), folder / "run")
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_checkpoint_is_named_and_the_one_before_used(forgeable, tmp_path, monkeypatch, capsys, name):
+    shutil.copytree(forgeable.folder, tmp_path / "run")
+    run, taken = replace(forgeable, folder=tmp_path / "run"), []
+    (path, value, said), last = FORGED[name], tmp_path / "run" / "checkpoints" / "step-00000004"
+    forge(run.folder, lambda content: put(content, *path.split("/"), value=value))
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    where = torch.get_rng_state().tolist(), run.generator.get_state().tolist(), run.stream.state_dict()
+    monkeypatch.setattr(train, "take_over", lambda run, saved: taken.append(saved.step))
+    train.restore(run)
+    text = capsys.readouterr().out
+    assert taken == [2] and f"passed over a damaged checkpoint: {last}" in text and said in text, text
+    assert [path.name for path in checkpoint.checkpoints(last.parent)] == ["step-00000002"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
+    assert not run.optimizer.state and run.carried == [(None, None)]
+    assert where == (torch.get_rng_state().tolist(), run.generator.get_state().tolist(), run.stream.state_dict())
+
+
+def test_a_run_goes_on_from_behind_a_forged_checkpoint_and_ends_where_all_are_forged(run, tmp_path):
+    run("whole")
+    run("cut")
+    forge(tmp_path / "cut", lambda content: put(content, "trees", "optimizer", "norm.weight", "exp_avg", value=...))
+    status, text = run("cut", "--resume")
+    assert status == 0 and "after step 4" in text
+    same_bytes(tmp_path / "whole", tmp_path / "cut")
+    for path in checkpoint.checkpoints(tmp_path / "cut" / "checkpoints"):
+        forge_at(path, lambda content: put(content, "metadata", "skipped", value=None))
+    before = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    status, text = run("cut", "--resume")
+    last = text.splitlines()[-1]
+    assert status == 2 and "Traceback" not in text and "can be used: " in last
+    assert all(f"step-0000000{step}: skipped is None" in last for step in (2, 4, 6))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
 
 
 def test_an_unreadable_tensor_file_with_the_right_digest_is_passed_over_and_replaced(run, tmp_path):
@@ -403,13 +498,13 @@ def test_a_run_without_any_finite_gradient_ends(run, monkeypatch):
 
 
 def test_loss_scale():
-    scale = train.LossScale(True)
+    scale = train.optim.LossScale(True)
     scale.update(False)
     assert scale.value == 2.0**15
     for _ in range(2000):
         scale.update(True)
     assert scale.value == 2.0**16 and scale.streak == 2000
-    off = train.LossScale(False)
+    off = train.optim.LossScale(False)
     off.update(False)
     assert off.value == 1.0
 
@@ -423,7 +518,7 @@ def test_jsonl(run, tmp_path):
     status, text = run("a", "--data", str(tmp_path / "texts.jsonl"), "--text-field", "body")
     assert status == 0 and "30 documents" in text
     status, text = run("b", "--data", str(tmp_path / "texts.jsonl"))
-    assert status == 1 and "text_field='text'" in text
+    assert status == 2 and "text_field='text'" in text
 
 
 def test_one_file_becomes_many_rows(run, tmp_path):
@@ -496,6 +591,7 @@ REFUSED = {
     "--device nothing": "nothing",
     "--seed 9223372036854775808": "--seed",
     "--resume . --out elsewhere": "--resume .: the run goes on in its folder",
+    f"--out {__file__}": f"--out {__file__} is no folder",
 }
 
 
@@ -547,10 +643,10 @@ def test_a_run_never_overwrites_another(run, tmp_path):
     run("a")
     before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
     status, text = run("a")
-    assert status == 1 and "is not empty" in text and "--resume" in text
+    assert status == 2 and "is not empty" in text and "--resume" in text
     with train.locked(tmp_path / "a", train.Processes(0, 1, torch.device("cpu"))):
         status, text = run("a", "--resume")
-    assert status == 1 and "in use" in text
+    assert status == 2 and "in use" in text
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
 
 
@@ -565,7 +661,7 @@ def test_resuming_with_another_model_or_stream_is_refused(run):
     run("a")
     for flags, words in OTHERS.items():
         status, text = run("a", "--resume", "--steps", "8", *flags.split())
-        assert status == 1 and words in text, text
+        assert status == 2 and words in text, text
 
 
 def test_a_run_whose_log_is_lost_goes_on(run, tmp_path):
@@ -650,6 +746,64 @@ def alone(model, text):
     return found
 
 
+VARIANTS = {
+    "default": {},
+    "compressed": {"use_compressed_mem": True, "compressed_mem_factor": 2, "num_xl_blocks": 2},
+    "enhanced": {"enhanced_recurrence": True},
+    "feedback": {"block_feedback": True, "positions": "dynamic", "dynamic_log_distance": False},
+    "sliding": {"attention_window": "sliding", "positions": "t5", "empty_memory": "zeros"},
+    "sliding, masked": {"attention_window": "sliding", "positions": "t5"},
+    "no memory": {"num_xl_blocks": 0, "state_update": "dual"},
+    "memory of one layer": {"xl_layers": (2,), "qk_norm": "head", "state_reads_memory": True},
+    "no state": {"recurrent_layers": ()},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_documents_are_read_as_if_each_were_alone(options, monkeypatch):
+    """In stretches and side by side, every token once, to the same losses as block by block."""
+    monkeypatch.setattr(evaluate, "MOST_TOKENS", 48)
+    torch.manual_seed(0)
+    config = train.Config(num_tokens=11, dim=8, depth=2, dim_head=4, heads=2, block_width=4, max_seq_len=8,
+                          num_state_vectors=3, **options)  # fmt: skip
+    model = train.BlockRecurrentTransformer(config).double().eval()
+    draw = random.Random(0)
+    texts = [[draw.randrange(11) for _ in range(length)] for length in (3, 0, 4, 170, 9, 61, 1, 33)]
+    corpus = train.data.Corpus.from_tokens(texts, num_tokens=11)
+    layout = evaluate.lay_out(corpus, 4)
+    found = {way: evaluate.read(model, corpus, layout, 3, way) for way in evaluate.WAYS}
+    for way, losses_of_way in found.items():
+        assert losses_of_way.positions.sum() == pytest.approx(losses_of_way.blocks.sum())
+        assert (losses_of_way.blocks > 0).all(), way
+    for document, text in enumerate(texts):
+        blocks = slice(*layout.first[document : document + 2])
+        bits = [found[way].blocks[blocks].sum() / math.log(2) / max(1, len(text)) for way in evaluate.WAYS]
+        assert not text or bits == pytest.approx(alone(model, text), rel=1e-9), document
+
+
+@pytest.mark.parametrize("way", evaluate.WAYS)
+def test_every_token_counts_once(way, monkeypatch):
+    class Even(torch.nn.Module):
+        """Every token costs one nat."""
+
+        config = train.Config(num_tokens=11, dim=2, depth=1, block_width=4, max_seq_len=8)
+        token_emb = torch.nn.Linear(1, 1)
+
+        def forward(self, x, **carried):
+            return torch.zeros(*x.shape, 11), None, None
+
+    monkeypatch.setattr(evaluate, "without_memories", lambda model: None)
+    monkeypatch.setattr(evaluate, "MOST_TOKENS", 64)
+    draw = random.Random(1)
+    for _ in range(5):
+        texts = [[1] * draw.choice([0, 1, 3, 4, 5, 70, 300]) for _ in range(9)]
+        corpus = train.data.Corpus.from_tokens([*texts, [1]], 11)
+        layout = evaluate.lay_out(corpus, 4)
+        losses_of_way = evaluate.read(Even(), corpus, layout, draw.choice([1, 2, 16]), way)
+        assert losses_of_way.blocks / math.log(11) == pytest.approx(layout.block_bytes)
+        assert losses_of_way.positions / math.log(11) == pytest.approx(layout.position_bytes)
+
+
 def test_the_bootstrap_covers_the_truth():
     draw = np.random.default_rng(1)
     inside = 0
@@ -665,8 +819,17 @@ def test_evaluation_refuses(run, tmp_path, capsys, flags):
     run("a")
     flags = flags.replace("RUN", str(tmp_path / "a")).replace("TOKENS", str(tmp_path / "empty"))
     (tmp_path / "empty").mkdir()
-    assert evaluate.main(flags.split()) == 1
+    assert evaluate.main(flags.split()) == 2
     assert "evaluate.py: " in capsys.readouterr().err
+
+
+def test_evaluation_names_a_forged_checkpoint(run, tmp_path, capsys):
+    run("a")
+    forge(tmp_path / "a", lambda content: put(content, "metadata", "model_config", "dim", value="wide"))
+    assert evaluate.main([str(tmp_path / "a"), "--checkpoint", "last", "--documents", "1"]) == 0
+    assert "passed over a damaged checkpoint" in capsys.readouterr().out
+    assert evaluate.main([str(tmp_path / "a"), "--checkpoint", "best"]) == 2
+    assert "step-00000006 is not as train.py writes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["--documents -1", "--rows 0", "--threads 0", "--device nothing"])

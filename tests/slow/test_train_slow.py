@@ -1,25 +1,36 @@
-"""train.py killed at any moment, on a full disk, by several processes, and compiled."""
+"""train.py killed at any moment, on a full disk, by several processes, and compiled.
+
+Most processes are forked from one that has imported everything: they live and die as those of a command line, without
+the seconds that Python and torch take to start. Two tests use torchrun itself.
+"""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # what the first optimizer of a process imports, in more than a second
+import torch.distributed.fsdp
 
-from block_recurrent_transformer_pytorch import checkpoint
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from block_recurrent_transformer_pytorch import checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = [
     *("--dim", "16", "--depth", "2", "--heads", "2", "--dim-head", "8", "--block", "4", "--segment", "16"),
     *("--states", "3", "--batch", "4", "--steps", "12", "--lr", "0.01", "--warmup", "2", "--valid-batches", "2"),
@@ -27,6 +38,17 @@ SIZES = [
     *("--device", "cpu", "--threads", "1"),
 ]
 ENOUGH = 500  # seconds
+SERVER = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """The process that others are forked from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        SERVER.set_forkserver_preload([__name__])
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +62,9 @@ def documents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(documents, tmp_path_factory):
-    """The words of a command that trains into a folder, in one process or in several."""
+    """The words of a command that trains into a folder."""
     cache = str(tmp_path_factory.mktemp("cache"))
-
-    def words(out, *flags, processes=1, prelude=""):
-        start = [sys.executable, str(ROOT / "train.py")]
-        if prelude:  # Python that changes something before the script runs
-            script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{prelude}\nimport train\nsys.exit(train.main())"
-            start = [sys.executable, "-c", script]
-        if processes > 1:
-            port = f"--master-port={free_port()}"
-            start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), port]
-            start.append(str(ROOT / "train.py"))
-        return [*start, *SIZES, "--data", str(documents), "--cache", cache, "--out", str(out), *flags]
-
-    return words
+    return lambda out, *flags: [*SIZES, "--data", str(documents), "--cache", cache, "--out", str(out), *flags]
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +75,51 @@ def whole(command, tmp_path_factory):
     return folder
 
 
+def main(words, output, environment, prelude):
+    """What a process of its own does. `prelude` changes something before."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ.update(environment)
+    train.metrics.draw_curve = lambda folder: None  # takes longer than the run
+    if prelude is not None:
+        prelude()
+    sys.exit(train.main(words))
+
+
+def begin(words, processes=1, prelude=None):
+    """Starts a run in one process or in several; they write to the file that comes first."""
+    output = Path(words[words.index("--out") + 1]).with_suffix(".txt")
+    started, port = [], str(free_port())
+    for rank in range(processes):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}  # fmt: skip
+        started.append(SERVER.Process(target=main, args=(words, output, environment, prelude)))
+        started[-1].start()
+    return output, *started
+
+
+def done(words, status=0, **options):
+    """What a run says, which ends with this status."""
+    output, *started = begin(words, **options)
+    for process in started:
+        process.join(ENOUGH)
+        assert process.exitcode == status, output.read_text()
+    return output.read_text()
+
+
+def torchrun(words, processes):
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+             f"--master-port={free_port()}", str(ROOT / "train.py")]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*start, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=environment)  # fmt: skip
+
+
 def free_port():
     with socket.socket() as end:
         end.bind(("127.0.0.1", 0))
         return end.getsockname()[1]
-
-
-def done(words, status=0, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(words, capture_output=True, text=True, timeout=ENOUGH, env=environment, **options)
-    assert status is None or result.returncode == status, result.stdout + result.stderr
-    return result
 
 
 def losses(folder):
@@ -94,23 +138,44 @@ def same_bytes(one, other):
 
 
 def test_killed_at_random_moments(command, tmp_path):
-    flags = ["--steps", "150", "--set", "ff_dropout=0.1", "--memory-dropout", "0.2", "--accumulate", "2", "--bptt", "2"]
+    flags = ["--steps", "80", "--set", "ff_dropout=0.1", "--memory-dropout", "0.2", "--accumulate", "2", "--bptt", "2"]
     began = time.monotonic()
     done(command(tmp_path / "whole", *flags))
     lasted = time.monotonic() - began
     draw, kills = random.Random(torch.seed()), 0
-    for _ in range(5):
-        running = subprocess.Popen(command(tmp_path / "cut", *flags, "--resume"), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        try:
-            running.wait(draw.uniform(0.3, 0.9) * lasted)
-        except subprocess.TimeoutExpired:
-            running.send_signal(signal.SIGKILL)
-            running.wait()
-            kills += 1
+    while kills < 4:
+        _, running = begin(command(tmp_path / "cut", *flags, "--resume"))
+        running.join(draw.uniform(0.1, 0.5) * lasted)
+        if running.exitcode is not None:
+            break
+        running.kill()
+        running.join()
+        kills += 1
     done(command(tmp_path / "cut", *flags, "--resume"))
     assert kills
     same_bytes(tmp_path / "whole", tmp_path / "cut")
+
+
+def kill_in_save(name, calls, side):
+    """Before or after a call of a function of `checkpoint`, while the checkpoint of step 6 is written."""
+    function, save, count = getattr(checkpoint, name), checkpoint.save, []
+
+    def counted_save(*args, **options):
+        count[:] = [options["step"]]
+        return save(*args, **options)
+
+    def killed(*args, **options):
+        fatal = count == [6, *range(calls)]
+        count.append(len(count) - 1)
+        if fatal and side == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **options)
+        if fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    checkpoint.save = counted_save
+    setattr(checkpoint, name, killed)
 
 
 KILLS = {  # the moment within the write of a checkpoint: what is called then
@@ -123,40 +188,24 @@ KILLS = {  # the moment within the write of a checkpoint: what is called then
 
 @pytest.mark.parametrize("moment", KILLS)
 def test_killed_inside_the_write_of_a_checkpoint(command, whole, tmp_path, moment):
-    name, calls, side = KILLS[moment]
-    prelude = f"""
-import os
-from block_recurrent_transformer_pytorch import checkpoint
-whole, saved, count = checkpoint.{name}, checkpoint.save, []
-def save(*args, **options):
-    count[:] = [] if options["step"] == 6 else [-10**9]
-    return saved(*args, **options)
-def killed(*args, **options):
-    count.append(1)
-    fatal = sum(count) == {calls + 1}
-    if fatal and {side!r} == "before": os.kill(os.getpid(), 9)
-    result = whole(*args, **options)
-    if fatal: os.kill(os.getpid(), 9)
-    return result
-checkpoint.save, checkpoint.{name} = save, killed
-"""
-    done(command(tmp_path / "cut", prelude=prelude), status=-signal.SIGKILL)
+    done(command(tmp_path / "cut"), status=-signal.SIGKILL, prelude=partial(kill_in_save, *KILLS[moment]))
     names = [path.name for path in checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")]
     assert names[-1] == ("step-00000006" if moment == "before the old ones go" else "step-00000004")
-    text = done(command(tmp_path / "cut", "--resume")).stdout
+    text = done(command(tmp_path / "cut", "--resume"))
     assert f"after step {int(names[-1][-2:])}" in text
     same_bytes(whole, tmp_path / "cut")
 
 
+def limit_files():
+    """No file may be longer than 20 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
 def test_a_full_disk(command, whole, tmp_path):
-    """No file may be longer than 20 kB: checkpoints fail, the run goes to its end and says what is missing."""
-
-    def limited():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    result = done(command(tmp_path / "full"), status=1, preexec_fn=limited)
-    assert "checkpoint of step 2 could not be written" in result.stdout and "--resume" in result.stderr
+    """Checkpoints fail, the run goes to its end and says what is missing."""
+    text = done(command(tmp_path / "full"), status=1, prelude=limit_files)
+    assert "checkpoint of step 2 could not be written" in text and "with more room: " in text
     assert not checkpoint.checkpoints(tmp_path / "full" / "checkpoints")
     done(command(tmp_path / "full", "--resume"))
     same_bytes(whole, tmp_path / "full")
@@ -164,16 +213,21 @@ def test_a_full_disk(command, whole, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(command, tmp_path, number):
-    running = subprocess.Popen(command(tmp_path / "cut", "--steps", "2000"), stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    log = tmp_path / "cut" / "metrics.jsonl"
-    while not log.exists() or not log.read_text():
-        time.sleep(0.1)
-    running.send_signal(number)
-    out, _ = running.communicate(timeout=ENOUGH)
-    assert running.returncode == 128 + number and f"--resume {tmp_path / 'cut'}" in out
+    output, running = begin(command(tmp_path / "cut", "--steps", "2000"))
+    wait_for_steps(tmp_path / "cut", 1)
+    os.kill(running.pid, number)
+    running.join(ENOUGH)
+    assert running.exitcode == 128 + number
+    assert output.read_text().splitlines()[-1].endswith(f"--resume {tmp_path / 'cut'}")
     last = checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")[-1]
     assert int(last.name[-8:]) == len(losses(tmp_path / "cut"))
+
+
+def wait_for_steps(folder, count):
+    began = time.monotonic()
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < count:
+        assert time.monotonic() < began + ENOUGH
+        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -194,31 +248,30 @@ def test_two_processes_are_one_and_their_checkpoints_fit_each_other(command, tmp
     """One process for 8 steps; two for 4, then one to 8; one for 4, then two to 8: the same losses."""
     exact = [*EXACT, "--schedule", "constant", *flags.split()]
     done(command(tmp_path / "one", *exact, "--steps", "8"))
-    done(command(tmp_path / "split", *exact, "--steps", "4", processes=2))
+    done(command(tmp_path / "split", *exact, "--steps", "4"), processes=2)
     done(command(tmp_path / "split", *exact, "--steps", "8", "--resume"))
     done(command(tmp_path / "joined", *exact, "--steps", "4"))
-    text = done(command(tmp_path / "joined", *exact, "--steps", "8", "--resume", processes=2)).stdout
-    assert "rows are dealt anew" in text
+    text = done(command(tmp_path / "joined", *exact, "--steps", "8", "--resume"), processes=2)
+    assert "rows are dealt anew" in text and "Warning" not in text
     for name in ("split", "joined"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
 
 
-@pytest.mark.parametrize("processes", [2, 4])  # of two numbers the sum is the same in any order, of four it is not
-def test_several_processes_go_on_to_the_same_bytes(command, tmp_path, processes):
+def test_several_processes_go_on_to_the_same_bytes(command, tmp_path):
+    """Four: of two numbers the sum is the same in any order."""
     flags = ["--set", "ff_dropout=0.2", "--schedule", "constant", "--valid-every", "4"]
-    done(command(tmp_path / "whole", *flags, "--steps", "8", processes=processes))
-    done(command(tmp_path / "cut", *flags, "--steps", "4", processes=processes))
-    done(command(tmp_path / "cut", *flags, "--steps", "8", "--resume", processes=processes))
+    done(command(tmp_path / "whole", *flags, "--steps", "8"), processes=4)
+    done(command(tmp_path / "cut", *flags, "--steps", "4"), processes=4)
+    resumed = torchrun(command(tmp_path / "cut", *flags, "--steps", "8", "--resume"), processes=4)
+    text, _ = resumed.communicate(timeout=ENOUGH)
+    assert resumed.returncode == 0, text
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_process_that_dies_ends_the_others(command, tmp_path):
-    words = command(tmp_path / "run", "--steps", "100000", "--valid-every", "100000", processes=2)
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 5:
-        time.sleep(0.1)
+    words = command(tmp_path / "run", "--steps", "100000", "--valid-every", "100000")
+    running = torchrun(words, processes=2)
+    wait_for_steps(tmp_path / "run", 5)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     ranks = {child: rank_of(child) for child in children}
     victim = next(child for child, rank in ranks.items() if rank == "1")
@@ -241,9 +294,13 @@ def rank_of(child):
 # ------------------------------------------------------------------------------------------------------------ compile
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for the CPU needs a C++ compiler")
+def compile_without_kernels():
+    """Graphs are traced and differentiated as ever; tests/slow/test_compile.py waits for the C++ of their kernels."""
+    torch.compile = partial(torch.compile, backend="aot_eager")
+
+
 def test_compiled(command, tmp_path):
     few = [*EXACT, "--depth", "1", "--segment", "8", "--steps", "2", "--final-batches", "1"]
     done(command(tmp_path / "plain", *few))
-    done(command(tmp_path / "compiled", *few, "--compile"))
+    done(command(tmp_path / "compiled", *few, "--compile"), prelude=compile_without_kernels)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-9)
