@@ -374,11 +374,12 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor, draws: bool = False) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None, draws: bool = False) -> Tensor:
     """function(*inputs), of which the backward pass keeps the inputs alone.
 
-    For something cheap that a matrix product follows: the product is not computed again, because recomputation ends
-    with what it takes in. `draws` says that the function takes random numbers, and so will the same ones again.
+    For something cheap that ends in a matrix product: the product is not computed again, because recomputation stops
+    with what it takes in. And for something small that keeps much, the write of a state. `draws` says that the function
+    takes random numbers, and so will the same ones again.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function(*inputs)  # a compiler chooses itself what to keep; torch.func goes without such hooks
@@ -406,16 +407,16 @@ class HeadsNorm(nn.Module):
         """Keys as they go into a memory; what all the attentions on the same keys share."""
         return k
 
-    def unit(self, q: Tensor) -> Tensor:
-        """Normalised queries, without their gains."""
-        return q
+    def gain(self, heads: int) -> Tensor | None:
+        """The gains of the queries, (h, 1, e) or (h, 1, 1)."""
+        return None
 
-    def gain(self, q: Tensor) -> Tensor:
-        """Normalised queries times the gains of this attention."""
+    def normalise(self, q: Tensor, gain: Tensor | None) -> Tensor:
+        """Queries (b, h, n, e), normalised, times gains."""
         return q
 
     def queries(self, q: Tensor) -> Tensor:
-        return self.gain(self.unit(q))
+        return self.normalise(q, self.gain(q.shape[1]))
 
     def keys(self, k: Tensor) -> Tensor:
         """Stored keys as the queries of this attention meet them."""
@@ -426,11 +427,40 @@ class HeadsNorm(nn.Module):
         return bias
 
 
-class ChannelNorm(HeadsNorm):
-    """Unit queries and keys, each times a learned gain per channel; logits times `qk_norm_scale` (0.4.4 meant this).
+class Unit(torch.autograd.Function):
+    """x / |x| * gain, lengths along the last axis and in at least fp32; zeros stay zeros.
 
-    Lengths are computed in at least fp32; zeros stay zeros.
+    With y = x / |x|, the gradient of x is (g gain - y (y . g gain)) / |x|: the backward pass keeps x alone, and takes
+    fewer operators than that of the formula.
     """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def length(x: Tensor) -> Tensor:
+        lengths: Tensor = torch.linalg.vector_norm(at_least_fp32(x), dim=-1, keepdim=True).clamp_min(1e-12)
+        return lengths
+
+    @staticmethod
+    def forward(x: Tensor, gain: Tensor) -> Tensor:
+        return (x / Unit.length(x) * gain).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain = ctx.saved_tensors
+        length = Unit.length(x)
+        y, scaled = x / length, grad * gain
+        along = (y * scaled).sum(-1, keepdim=True)
+        grad_x = torch.addcmul(scaled, y, along, value=-1) / length
+        return grad_x.to(x.dtype), (grad * y).sum_to_size(gain.shape).to(gain.dtype)
+
+
+class ChannelNorm(HeadsNorm):
+    """Unit queries and keys, each times a learned gain per channel; logits times `qk_norm_scale` (0.4.4 meant this)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -438,14 +468,15 @@ class ChannelNorm(HeadsNorm):
         self.q_scale = nn.Parameter(torch.ones(config.dim_head))
         self.k_scale = nn.Parameter(torch.ones(config.dim_head))
 
-    def unit(self, q: Tensor) -> Tensor:
-        return F.normalize(at_least_fp32(q), dim=-1).to(q.dtype)
+    def gain(self, heads: int) -> Tensor:
+        return self.q_scale.expand(heads, 1, -1)
 
-    def gain(self, q: Tensor) -> Tensor:
-        return q * self.q_scale
+    def normalise(self, q: Tensor, gain: Tensor | None) -> Tensor:
+        unit: Tensor = Unit.apply(q, gain)  # type: ignore[no-untyped-call]
+        return unit
 
     def keys(self, k: Tensor) -> Tensor:
-        return self.unit(k) * self.k_scale
+        return self.normalise(k, self.k_scale)
 
 
 class HeadNorm(HeadsNorm):
@@ -456,14 +487,14 @@ class HeadNorm(HeadsNorm):
         self.scale = 1.0
         self.head_scale = nn.Parameter(torch.ones(config.heads))
 
-    def unit(self, q: Tensor) -> Tensor:
-        return q * (q.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-
-    def gain(self, q: Tensor) -> Tensor:
-        return q * self.head_scale.abs().view(-1, 1, 1)
-
     def store(self, k: Tensor) -> Tensor:
-        return self.unit(k)
+        return k * (k.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+    def gain(self, heads: int) -> Tensor:
+        return self.head_scale.abs().view(-1, 1, 1)
+
+    def normalise(self, q: Tensor, gain: Tensor | None) -> Tensor:
+        return self.store(q) * (1 if gain is None else gain)
 
     def scaled(self, bias: Tensor) -> Tensor:
         return bias * self.head_scale.abs()[:, None]
@@ -506,6 +537,9 @@ class Hidden(nn.Module):
         return self.activate(self.to_hidden(x.flatten(0, 1))).view(*x.shape[:2], -1)
 
 
+HIDDEN_AT_ONCE = 2**22  # numbers of the largest hidden layer that a feed-forward makes at once on a CPU
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -524,9 +558,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d)."""
-        hidden = recomputed(self.widen, x.flatten(0, 1))
-        out: Tensor = self.dropout(recomputed(self.narrow, hidden))
+        rows, size = x.flatten(0, 1), self.rows_at_once(x)
+        parts = [recomputed(self.narrow, recomputed(self.widen, part)) for part in torch.split(rows, size)]
+        out: Tensor = self.dropout(torch.cat(parts) if len(parts) > 1 else parts[0])
         return out.view(x.shape)
+
+    def rows_at_once(self, x: Tensor) -> int:
+        """Tokens whose hidden layers exist at once, beside those kept for the backward pass: a CPU computes as fast."""
+        count = x.shape[0] * x.shape[1]
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return count
+        return max(64, HIDDEN_AT_ONCE // self.hidden.to_hidden.out_features // 64 * 64)
 
 
 # --------------------------------------------------------------------------------------------------------- 4 positions
@@ -1003,14 +1045,19 @@ class RecurrentCell(nn.Module):
         k, v = split_heads(self.to_kv(source), 1, 2 * self.kv_heads).chunk(2, dim=1)
         return KV(self.self_norm.store(k), v)
 
-    def write(self, state: Tensor, source: Tensor, view: KV, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The state after a block whose keys and values are k, v (b, g, j, e). source: the identified state."""
-        q = self.self_norm.unit(split_heads(self.to_q(source), 1, 2 * self.heads))
+    def write(
+        self, state: Tensor, source: Tensor, state_k: Tensor, state_v: Tensor, k: Tensor, v: Tensor,
+        mask: Tensor | None, gain: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The state after a block whose keys and values are k, v (b, g, j, e).
+
+        source: the identified state; state_k, state_v: its projection; gain: of the queries.
+        """
+        q = self.self_norm.normalise(split_heads(self.to_q(source), 1, 2 * self.heads), gain)
         to_self, to_cross = q.chunk(2, dim=1)
-        own = attend(self.self_norm.gain(to_self), self.self_norm.keys(view.k), view.v, scale=self.self_norm.scale,
+        own = attend(to_self, self.self_norm.keys(state_k), state_v, scale=self.self_norm.scale,
                      use_flash=self.use_flash)  # fmt: skip
-        others = attend(self.cross_norm.gain(to_cross), k, v, scale=self.cross_norm.scale, mask=mask,
-                        use_flash=self.use_flash)  # fmt: skip
+        others = attend(to_cross, k, v, scale=self.cross_norm.scale, mask=mask, use_flash=self.use_flash)
         new: Tensor = self.update(state, torch.cat((join_heads(own, 1), join_heads(others, 1)), dim=-1))
         return new
 
@@ -1026,9 +1073,11 @@ class RecurrentCell(nn.Module):
             The projection of the state as of the start of each block, (b, t, g, s, e), and the state after the last.
         """
         views, source = [view], self.identified(state)
+        gains = [norm.gain(self.heads) for norm in (self.self_norm, self.cross_norm)]
+        gain = torch.cat([one for one in gains if one is not None]) if gains[0] is not None else None
         blocks = list(zip(self.cross_norm.keys(tokens.k).unbind(1), tokens.v.unbind(1)))
         for k, v in blocks:
-            state = self.write(state, source, views[-1], k, v, mask)
+            state = recomputed(self.write, state, source, *views[-1], k, v, mask, gain)
             if len(views) < len(blocks):
                 source = self.identified(state)
                 views.append(self.view_of(source))
@@ -1085,6 +1134,11 @@ class TransformerBlock(nn.Module):
         return attend(q, keys.k, keys.v, scale=self.heads_norm.scale, mask=added, causal=causal, dropout=dropout,
                       use_flash=self.use_flash)  # fmt: skip
 
+    def combine(self, *attended: Tensor) -> Tensor:
+        """What each attention found, (b, t n, h e) -> (b, t n, d)."""
+        out: Tensor = self.to_out(torch.cat(attended, dim=-1) if len(attended) > 1 else attended[0])
+        return out
+
     def read(self, queries: Sequence[Tensor], views: Sequence[KV], t: int) -> list[Tensor]:
         """What the tokens find in the states: one (b t, h, n, e) for each view (b, t, g, s, e) and its queries."""
         found = []
@@ -1137,9 +1191,8 @@ class TransformerBlock(nn.Module):
         keys = window or self.whole_windows(memory, filled, stream, queue, pattern, t)
         if t == 1:
             keys = KV(*(x[:, :, pattern.first : pattern.last] for x in keys))
-        attended = [join_heads(self.self_attention(q, keys, pattern, t), t)]
-        attended += [join_heads(found, t) for found in self.read(to_read, reads, t)]
-        x = x + self.to_out(torch.cat(attended, dim=-1) if reads else attended[0])
+        attended = [self.self_attention(q, keys, pattern, t), *self.read(to_read, reads, t)]
+        x = x + recomputed(self.combine, *(join_heads(found, t) for found in attended))
         x = x + self.feed_forward(x)
         return x, remember(memory, filled, stream, queue, window, piece), state, views
 

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, assert_all_same, assert_same, carried, gradients, read_in_pieces, remembered, t5_bucket
@@ -14,6 +15,7 @@ from strategies import VOCABULARY, config_options, examples, random_model, rando
 from torch import Tensor
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
+from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
 from block_recurrent_transformer_pytorch.block_recurrent_transformer_pytorch import T5Bias
 
 BASE = {
@@ -310,3 +312,49 @@ def test_max_seq_len_changes_nothing() -> None:
 def test_config_is_its_dictionary() -> None:
     config = Config(**BASE | CASES["the authors' model"])
     assert Config.from_dict(asdict(config)) == config
+
+
+# ---------------------------------------------------------------------------------------------- what backward passes do
+
+
+def test_gradients_of_unit_vectors_are_exact() -> None:
+    """First and second derivatives against finite differences, a gain for each channel or each head and channel."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    for shape in ((5,), (3, 1, 5)):
+        gain = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert_same(module.Unit.apply(x, gain), F.normalize(x, dim=-1) * gain)
+        assert torch.autograd.gradcheck(module.Unit.apply, (x, gain))
+        assert torch.autograd.gradgradcheck(module.Unit.apply, (x, gain))
+    zero = torch.zeros(1, 1, 1, 5, requires_grad=True)
+    out = module.Unit.apply(zero, torch.ones(5))
+    assert not out.any()
+    out.sum().backward()
+    assert torch.isfinite(zero.grad).all()
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_functional_gradients_are_those_of_backward(flash: bool) -> None:
+    """torch.func goes without hooks on saved tensors, and so without recomputation."""
+    model = random_model(Config(**BASE, use_flash_attn=flash))
+    x = random_stream(2, 2 * BASE["block_width"] + 1)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,), {"return_loss": True})[0]
+
+    model(x, return_loss=True)[0].backward()
+    for name, gradient in torch.func.grad(loss)(dict(model.named_parameters())).items():
+        assert_same(gradient, model.get_parameter(name).grad, 1e-10, name=name)
+
+
+def test_feed_forward_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> list[Tensor]:
+        model = random_model(Config(**BASE))
+        logits, _, _ = model(random_stream(3, 50))
+        logits.square().sum().backward()
+        return [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    whole = run()
+    monkeypatch.setattr(module, "HIDDEN_AT_ONCE", 1)
+    for one, other in zip(run(), whole, strict=True):
+        assert_same(one, other, 1e-12)

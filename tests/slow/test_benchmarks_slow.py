@@ -13,10 +13,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.mark.parametrize("start", [["-m", "benchmarks"], ["benchmarks/run.py"]])
-def test_quick_run(tmp_path, start):
+@pytest.mark.parametrize(
+    ("start", "names"),
+    [(["-m", "benchmarks"], "train_small,replay,memory,stream,operators,import"), (["benchmarks/run.py"], "import")],
+)
+def test_quick_run(tmp_path, start, names):
     results = tmp_path / "results.json"
-    names = "train_small,replay,memory,stream,operators,import"
     command = [sys.executable, *start, "--quick", "--no-install", "--threads", "1", "--only", names]
     done = subprocess.run([*command, "--results", str(results)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
