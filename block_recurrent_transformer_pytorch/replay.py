@@ -51,16 +51,19 @@ def replay_backward(
         The mean loss in nats over all targets of x, detached; memories and states after the last token, detached.
     """
     kept: list[Kept] = []
+    parts = list(wrapper.parts(x))
+    shelf = Shelf(len(parts) - 1)
     memories, carried = xl_memories or None, states or None
     losses: list[Tensor] = []
     with torch.no_grad():
-        for part, count, total in wrapper.parts(x):
+        for number, (part, count, total) in enumerate(parts):
+            if memories is not None and carried is not None and number > 0:
+                memories, carried = shelf.put(number - 1, (without_windows(memories), carried))
             kept.append(Kept(part, count, (memories, carried), wrapper.drops(part), Random.now(x.device)))
             loss, memories, carried = wrapper.step(part, memories, carried, None if losses else reset, kept[-1].drops)
-            memories = without_windows(memories)  # as the second pass leaves them
             losses.append(loss * count / total)
     assert memories is not None and carried is not None
-    after = detach(memories), detach(carried)
+    after = detach(without_windows(memories)), detach(carried)
     now = Random.now(x.device)
 
     gradients: list[Tensor | None] = []
@@ -80,6 +83,30 @@ def replay_backward(
         gradients = [leaf.grad if travels(leaf) and leaf.is_leaf else None for leaf in received]
     now.restore()
     return torch.stack(losses).sum(), *after
+
+
+class Shelf:
+    """Memory for what travels out of each of so many segments, taken at once.
+
+    Many small tensors that stay, among the large ones of each segment that come and go, would leave gaps that an
+    allocator can not give back.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.rows: dict[tuple[Any, ...], Tensor] = {}
+
+    def put(self, place: int, carried: tuple[Memories, States]) -> tuple[Memories, States]:
+        """The same values, in memory of the shelf; a tensor of equal numbers stays what it is."""
+        leaves, structure = tree_flatten(carried)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes() >= leaf.nbytes:
+                key = (i, leaf.shape, leaf.dtype)
+                if key not in self.rows:
+                    self.rows[key] = leaf.new_empty((self.places, *leaf.shape))
+                leaves[i] = self.rows[key][place].copy_(leaf)
+        memories, states = tree_unflatten(leaves, structure)
+        return memories, states
 
 
 def travels(leaf: Any) -> bool:

@@ -130,3 +130,11 @@ def test_one_segment_of_activations_lives_at_a_time():
         return most
 
     assert most_saved(8) <= most_saved(2)
+
+
+def test_what_is_returned_does_not_hold_what_was_kept():
+    """The memory for the values between segments is taken at once, and goes with them."""
+    wrapper, _ = make({})
+    _, *after = replay_backward(wrapper, torch.randint(11, (2, 9 * 8 + 1)))
+    for leaf in tree_leaves(tuple(after)):
+        assert not isinstance(leaf, torch.Tensor) or leaf.untyped_storage().nbytes() <= leaf.nbytes
