@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data, select_rows
-from train import DEVICES, positive
+from block_recurrent_transformer_pytorch.flags import DEVICES, positive
 
 Floats = NDArray[np.float64]
 

@@ -55,6 +55,7 @@ __all__ = [
     "Tokenizer",
     "bits_per_byte",
     "build_corpus",
+    "choose",
     "download_enwik8",
     "find_enwik8",
     "load_source",
@@ -184,6 +185,14 @@ def download_enwik8(folder: str | Path = "data", *, timeout: float = 5.0, progre
     with written_at_once(path, shared=True) as file:
         file.write(unpacked)
     return path
+
+
+def choose() -> str:
+    """What to read where nobody says it: "enwik8" if it is in ./data or can be downloaded, else "stdlib"."""
+    if find_enwik8() or download_enwik8():
+        return "enwik8"
+    print("enwik8 is not in data/ and cannot be downloaded: the Python standard library's source is read instead")
+    return "stdlib"
 
 
 def _list_files(data: str) -> list[Path]:

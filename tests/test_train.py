@@ -179,7 +179,9 @@ def test_a_dry_run_counts_the_activations_that_there_are(flags):
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     real = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
     del held
-    assert train.measure(options, config, 4)[1] == pytest.approx(real, rel=0.05)
+    with train.autocast(options):
+        found = train.footprint(config, 4, options.segment, dtype=train.weight_type(options))
+    assert found.activations == pytest.approx(real, rel=0.05)
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path):
@@ -215,6 +217,36 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
+def interrupt_validation_of(monkeypatch, step):
+    """Ctrl-C before the second batch of the validation behind this step of the next run."""
+    whole, batches = train.leave_if_stopped, []
+
+    def interrupted(run):
+        batches.extend([1] if run.told and run.step == step else [])
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        whole(run)
+
+    monkeypatch.setattr(train, "leave_if_stopped", interrupted)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_validation_that_was_interrupted_is_done_again(run, tmp_path, monkeypatch, step):
+    flags = ["--memory-dropout", "0.3", "--set", "ff_dropout=0.2", "--keep", "1"]
+    run("whole", *flags)
+    for resume in ((), ("--resume",)):  # the second one too
+        with monkeypatch.context() as patch:
+            interrupt_validation_of(patch, step)
+            status, text = run("cut", *flags, *resume)
+        assert status == 130 and f"stopped after step {step} of 6" in text
+        assert [line["step"] for line in metrics(tmp_path / "cut")] == list(range(1, step))
+        assert checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")[-1].name == f"step-0000000{step}"
+    assert run("cut", *flags, "--resume")[0] == 0
+    same_bytes(tmp_path / "whole", tmp_path / "cut")
+    best = [checkpoint.best(tmp_path / name / "checkpoints").name for name in ("whole", "cut")]
+    assert best[0] == best[1]
+
+
 def test_without_a_checkpoint_a_run_begins_anew(run, tmp_path):
     run("whole")
     (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
@@ -242,13 +274,14 @@ def test_a_folder_of_something_else_is_no_run(run, tmp_path):
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mother.txt"]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, tmp_path):
+def test_a_damaged_checkpoint_is_named_once_and_the_one_before_used(run, tmp_path, caplog):
     run("whole")
     run("cut", "--steps", "6")
     last = tmp_path / "cut" / "checkpoints" / "step-00000006" / "model.safetensors"
     last.write_bytes(last.read_bytes()[:-7])
     status, text = run("cut", "--resume")
-    assert status == 0 and "damaged" in text and str(last) in text and "after step 4" in text
+    assert status == 0 and "damaged" in text and text.count(str(last)) == 1 and "after step 4" in text
+    assert str(last) not in caplog.text  # which the terminal would show as well
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -295,6 +328,7 @@ FORGED = {  # of a checkpoint whose digests are right: where, what, and what is 
     "a loss scale of nothing": ("metadata/loss_scale", [0.0, 0], "loss_scale and skipped"),
     "nothing skipped": ("metadata/skipped", None, "skipped is None"),
     "more skipped than done": ("metadata/skipped", [9, 9], "loss_scale and skipped"),
+    "a step of words": ("metadata/told", {"step": 4, "loss": "low"}, "told is {'step': 4"),
     "another optimizer": ("metadata/optimizer", "adafactor", "--optimizer adamw"),
     "no model": ("trees/model", {}, "token_emb.weight"),
     "numbers for tensors": ("trees/model/norm.weight", 3, "norm.weight is a int"),
@@ -541,10 +575,9 @@ def test_tokenizer(run, tmp_path, documents):
 def test_automatic_data_says_so(monkeypatch, capsys):
     monkeypatch.setattr(train.data, "find_enwik8", lambda: None)
     monkeypatch.setattr(train.data, "download_enwik8", lambda: None)
-    alone = train.Processes(0, 1, torch.device("cpu"))
-    assert train.choose_data(alone) == "stdlib" and "enwik8 is not in data/" in capsys.readouterr().out
+    assert train.data.choose() == "stdlib" and "enwik8 is not in data/" in capsys.readouterr().out
     monkeypatch.setattr(train.data, "find_enwik8", lambda: Path("data/enwik8.gz"))
-    assert train.choose_data(alone) == "enwik8"
+    assert train.data.choose() == "enwik8"
 
 
 def test_options_come_from_presets_files_and_flags(tmp_path):
@@ -644,7 +677,7 @@ def test_a_run_never_overwrites_another(run, tmp_path):
     before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
     status, text = run("a")
     assert status == 2 and "is not empty" in text and "--resume" in text
-    with train.locked(tmp_path / "a", train.Processes(0, 1, torch.device("cpu"))):
+    with train.folder.locked(tmp_path / "a", train.Processes(0, 1, torch.device("cpu"))):
         status, text = run("a", "--resume")
     assert status == 2 and "in use" in text
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
