@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import block_recurrent_transformer_pytorch as package
 from block_recurrent_transformer_pytorch import (
     BlockRecurrentTransformer,
     Config,
@@ -55,76 +54,26 @@ from block_recurrent_transformer_pytorch import (
     data,
     detach,
     distributed,
-    folder,
+    flags,
     forget_rows,
     metrics,
     optim,
-    paper,
     replay,
+    runs,
 )
 from block_recurrent_transformer_pytorch.distributed import Processes, to_device
 from block_recurrent_transformer_pytorch.files import written_at_once
-from block_recurrent_transformer_pytorch.flags import (
-    DEVICES,
-    HelpFormatter,
-    as_flags,
-    natural,
-    not_negative,
-    positive,
-    read_options,
-    setting,
-)
+from block_recurrent_transformer_pytorch.flags import DEVICES, PRESETS, natural, not_negative, positive, setting
 from block_recurrent_transformer_pytorch.footprint import footprint
 
-SET_BY_FLAGS = {  # options of Config that have a flag of their own, or follow from the data
-    "num_tokens", "max_seq_len", "block_width", "num_state_vectors", "use_checkpointing", "use_flash_attn", "dim",
-    "depth", "heads", "dim_head", "recurrent_layers", "ignore_index",
-}  # fmt: skip
 LONGEST_SKIP = 100  # steps without a finite gradient, one behind the other, that end a run
 
 # ---------------------------------------------------------------------------------------------------------- 1 options
 
 
-def of_the_paper(size: str) -> dict[str, Any]:
-    """The authors' settings of their best variant, Rec:fixed:skip, for a size of `paper.SIZES`."""
-    model = paper.options(size, "fixed:skip")
-    named = {"dim", "depth", "heads", "dim_head", "recurrent_layers"}
-    flags = {"max_seq_len": "segment", "block_width": "block", "num_state_vectors": "states"}
-    return {
-        **{flags.get(name, name): value for name, value in model.items() if name in named or name in flags},
-        "recurrent_layers": list(model["recurrent_layers"]), "batch": 32, "accumulate": 8, "steps": 500_000,
-        "optimizer": "adafactor", "lr": 1000**-0.5, "schedule": "rsqrt", "warmup": 1000, "clip": 0.0,
-        "valid_every": 1000, "valid_batches": 400, "checkpoint_every": 1000,
-        "set": {k: v for k, v in model.items() if k not in named and k not in flags and k not in SET_BY_FLAGS},
-    }  # fmt: skip
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {  # seconds: to see that everything works
-        "dim": 32, "depth": 2, "heads": 2, "dim_head": 16, "block": 16, "segment": 64, "states": 8, "batch": 8,
-        "steps": 50, "lr": 3e-3, "warmup": 5, "valid_every": 25, "valid_batches": 4, "final_batches": 16,
-        "checkpoint_every": 25, "sample": 64,
-    },
-    "cpu": {  # some minutes on two cores
-        "dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "block": 64, "segment": 256, "states": 32, "batch": 8,
-        "steps": 1200, "lr": 3e-3, "warmup": 100, "valid_every": 300, "valid_batches": 32, "checkpoint_every": 300,
-        "set": {"all_layers_qk_rmsnorm": True},
-    },
-    "enwik8": {  # sizes, batch and dropouts of train.py in 0.4.4; its rate was 1e-4 throughout
-        "dim": 512, "depth": 6, "heads": 8, "dim_head": 64, "block": 512, "segment": 1024, "states": 512,
-        "recurrent_layers": [4], "batch": 16, "accumulate": 4, "steps": 100_000, "lr": 2e-4, "warmup": 1000,
-        "clip": 0.5, "memory_dropout": 0.1, "state_dropout": 0.1, "valid_every": 500, "valid_batches": 100,
-        "checkpoint_every": 500,
-    },
-    "paper-150m": of_the_paper("medium_150M"),
-    "paper-650m": of_the_paper("large_600M"),
-    "paper-1.3b": of_the_paper("large_1200M"),
-}  # fmt: skip
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage="train.py [options]", formatter_class=HelpFormatter,
+        description=__doc__.splitlines()[0], usage="train.py [options]", formatter_class=flags.HelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
     add_run_flags(parser.add_argument_group("the run"))
@@ -219,34 +168,10 @@ def bptt(text: str) -> int | str:
     return text if text in ("full", "replay") else positive(text)
 
 
-def parse(argv: list[str], parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """The options: defaults, then the preset's, the config file's, those of the run resumed, the command line's."""
-    parser = parser or make_parser()
-    given = parser.parse_args(argv)
-    read: list[str] = []
-    if given.config:
-        read += as_flags(read_options(parser, "--config", Path(given.config)))
-        given = parser.parse_args([*read, *argv])
-    folder = given.resume or given.out
-    if given.resume is not None and not folder:
-        parser.error("--resume needs the run's folder: --resume DIR, or --out DIR --resume")
-    if given.resume and not Path(given.resume).is_dir():
-        parser.error(f"--resume {given.resume}: there is no such folder")
-    if given.resume and given.out and Path(given.resume) != Path(given.out):
-        parser.error(f"--resume {given.resume}: the run goes on in its folder, not in --out {given.out}")
-    options_of_run: dict[str, Any] = {}
-    if given.resume is not None and (Path(folder) / "config.json").exists():
-        options_of_run = read_options(parser, "--resume", Path(folder) / "config.json")
-        read += as_flags(options_of_run)
-    if given.preset and options_of_run.get("preset", given.preset) != given.preset:
-        parser.error(f"--preset {given.preset}: the run in {folder} has the preset {options_of_run['preset']}")
-    preset = parser.parse_args(read + argv).preset or ("enwik8" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args([*as_flags(PRESETS[preset]), *read, *argv])
-    options.preset, options.out, options.resume = preset, folder, given.resume is not None
-    options.set = dict(options.set)
-    given_lr = any(word.partition("=")[0] == "--lr" for word in (*read, *argv))
-    if options.optimizer != PRESETS[preset].get("optimizer", "adamw") and not given_lr:
-        parser.error(f"--optimizer {options.optimizer}: the rate of preset {preset} is for another one, give --lr too")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options: defaults, then the preset's, a config file's, those of the run resumed, the command line's."""
+    parser = make_parser()
+    options = flags.parse(parser, argv)
     check(options, parser)
     return options
 
@@ -274,7 +199,7 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--seed {options.seed} must be below 2^63")
     if options.precision == "auto":
         options.precision = "bf16" if multiplies_bf16(options.device) else "fp32"
-    if wrong := sorted(SET_BY_FLAGS & set(options.set)):
+    if wrong := sorted(flags.SET_BY_FLAGS & set(options.set)):
         parser.error(f"--set {wrong[0]}: there is a flag for this, or it follows from the data")
     try:
         model_config(options, num_tokens=256)
@@ -314,12 +239,12 @@ class Run:
     skipped: int = 0  # steps whose gradient was not finite
     skipped_now: int = 0  # those since the last finite one
     told: dict[str, Any] | None = None  # of the last step, as long as it is not validated and written to the log
-    stop: list[int] = field(default_factory=list)  # signals that came
+    stop: list[tuple[int, float]] = field(default_factory=list)  # signals that came, and when
 
     @property
     def rows(self) -> int:
         """Rows of each part."""
-        return rows_of_a_part(self.options, self.processes)
+        return int(self.options.batch // (self.processes.size * self.options.accumulate))
 
     @property
     def tokens_per_step(self) -> int:
@@ -367,10 +292,6 @@ def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) ->
     if options.optimizer == "adafactor":
         return optim.Adafactor([{"params": group["params"]} for group in groups], lr=options.lr)
     return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
-
-
-def rows_of_a_part(options: argparse.Namespace, processes: Processes) -> int:
-    return int(options.batch // (processes.size * options.accumulate))
 
 
 def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
@@ -651,8 +572,8 @@ def write_config(run: Run) -> None:
     content = {
         "options": {**vars(run.options), "out": None, "resume": None, "config": None, "dry_run": None, "device": None},
         "model": asdict(run.model.config),
-        "commit": folder.commit(Path(__file__).resolve().parent),
-        "versions": {"block_recurrent_transformer_pytorch": package.__version__, **folder.versions()},
+        "commit": runs.commit(Path(__file__).resolve().parent),
+        "versions": runs.versions(),
         "processes": run.processes.size,
         "threads": torch.get_num_threads(),
         "corpus": {"train": run.train.fingerprint, "valid": run.valid.fingerprint},
@@ -674,7 +595,7 @@ def metadata_of(run: Run) -> dict[str, Any]:
         "told": run.told,
         "optimizer": run.options.optimizer,
         "model_config": asdict(run.model.config),
-        "versions": {"torch": str(torch.__version__), "block_recurrent_transformer_pytorch": package.__version__},
+        "versions": runs.versions(),
     }
 
 
@@ -816,8 +737,8 @@ def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
 
 def train(options: argparse.Namespace, processes: Processes) -> int:
     """A run from its beginning, or from where it was stopped, to its end; returns the exit status."""
-    path = folder.make(options.out, options.preset, options.resume, processes)
-    with folder.locked(path, processes):
+    path = runs.make_folder(options.out, options.preset, options.resume, processes)
+    with runs.locked(path, processes):
         run = build(options, processes, path)
         if options.resume:
             restore(run)
@@ -829,7 +750,7 @@ def train(options: argparse.Namespace, processes: Processes) -> int:
         with listening(run), closing(log):
             complete = loop(run, log)
         if not complete:
-            return 128 + (run.stop[0] if run.stop else signal.SIGINT)
+            return 128 + (run.stop[0][0] if run.stop else signal.SIGINT)
         finish(run)
     return 0
 
@@ -888,13 +809,17 @@ def show(bar: Any, told: dict[str, Any], seconds: float) -> None:
 
 @contextmanager
 def listening(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the run; a second one at once, without a checkpoint."""
+    """Ctrl-C and SIGTERM stop the run; once more, and it ends at once, without a checkpoint.
+
+    Within a second they count as one: a scheduler signals all processes, and torchrun passes on what it gets.
+    """
 
     def stop(number: int, frame: Any) -> None:
-        if run.stop:
+        run.stop.append((number, time.monotonic()))
+        if run.stop[-1][1] - run.stop[0][1] > 1:
             raise KeyboardInterrupt
-        run.stop.append(number)
-        run.processes.say("stopping (once more: at once)")
+        if len(run.stop) == 1:
+            run.processes.say("stopping (once more: at once)")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -940,7 +865,7 @@ def dry_run(options: argparse.Namespace, processes: Processes) -> int:
     """Prints what a run would be: sizes, parameters, tokens, memory."""
     train, valid, _ = load_data(options, processes)
     config = model_config(options, train.num_tokens)
-    rows, dtype = rows_of_a_part(options, processes), weight_type(options)
+    rows, dtype = options.batch // (processes.size * options.accumulate), weight_type(options)
     with autocast(options):
         parameters, activations, carried = footprint(config, rows, options.segment, options.device, dtype)
     tokens = options.batch * options.segment * options.step_segments
@@ -954,18 +879,16 @@ def dry_run(options: argparse.Namespace, processes: Processes) -> int:
         "a step": f"{tokens:,} tokens: {options.batch} rows, {options.step_segments} segments of {options.segment}",
         "a run": f"{options.steps:,} steps, {options.steps * tokens:,} tokens, "
                  f"{options.steps * tokens / train.total_tokens:.2f} epochs",
-        "memory of weights": megabytes(parameters * dtype.itemsize / share),
-        "memory of gradients and optimizer": megabytes(copies * parameters * dtype.itemsize / share),
-        "memory of activations": megabytes(gradient_depth(options) * activations)
-                                 + f" in {options.precision}, for {rows} rows",
-        "memory of what is carried": megabytes(kept * carried),
     }  # fmt: skip
+    memory = {
+        "weights": parameters * dtype.itemsize / share,
+        "gradients and optimizer": copies * parameters * dtype.itemsize / share,
+        f"activations, in {options.precision}, for {rows} rows": gradient_depth(options) * activations,
+        "what is carried": kept * carried,
+    }
+    lines |= {f"memory of {name}": f"{count / 2**20:,.1f} MiB" for name, count in memory.items()}
     processes.say("\n".join(f"{name}: {text}" for name, text in lines.items()))
     return 0
-
-
-def megabytes(count: float) -> str:
-    return f"{count / 2**20:,.1f} MiB"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -187,7 +187,7 @@ def test_a_dry_run_counts_the_activations_that_there_are(flags):
 def test_a_dry_run_writes_nothing(run, tmp_path):
     status, text = run("a", "--dry-run")
     assert status == 0 and not (tmp_path / "a").exists()
-    assert all(word in text for word in ("parameters: ", "tokens: ", "memory of activations: ", "6 steps"))
+    assert all(word in text for word in ("parameters: ", "tokens: ", "memory of activations, in ", "6 steps"))
 
 
 # ------------------------------------------------------------------------------------------------- stop and go on
@@ -245,6 +245,25 @@ def test_a_validation_that_was_interrupted_is_done_again(run, tmp_path, monkeypa
     same_bytes(tmp_path / "whole", tmp_path / "cut")
     best = [checkpoint.best(tmp_path / name / "checkpoints").name for name in ("whole", "cut")]
     assert best[0] == best[1]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, "stopped after step 3 of 6"), (2.0, "stopped at once")])
+def test_a_second_signal_ends_a_run_at_once_unless_it_is_the_same_again(run, tmp_path, monkeypatch, seconds, said):
+    """A scheduler signals all processes, and torchrun passes on what it gets."""
+    whole, clock = train.leave_if_stopped, train.time.monotonic
+
+    def interrupted(run):
+        if run.step == 3 and not run.told and not run.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(train.time, "monotonic", lambda: clock() + seconds)
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole(run)
+
+    monkeypatch.setattr(train, "leave_if_stopped", interrupted)
+    status, text = run("a")
+    assert said in text and status == (143 if seconds == 0 else 130)
+    last = checkpoint.checkpoints(tmp_path / "a" / "checkpoints")[-1]
+    assert last.name == ("step-00000003" if seconds == 0 else "step-00000002")
 
 
 def test_without_a_checkpoint_a_run_begins_anew(run, tmp_path):
@@ -677,7 +696,7 @@ def test_a_run_never_overwrites_another(run, tmp_path):
     before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
     status, text = run("a")
     assert status == 2 and "is not empty" in text and "--resume" in text
-    with train.folder.locked(tmp_path / "a", train.Processes(0, 1, torch.device("cpu"))):
+    with train.runs.locked(tmp_path / "a", train.Processes(0, 1, torch.device("cpu"))):
         status, text = run("a", "--resume")
     assert status == 2 and "in use" in text
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before

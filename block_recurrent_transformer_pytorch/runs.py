@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import files
+from . import __version__, files
 from .distributed import Processes
 
 
-def make(out: str | None, preset: str, resume: bool, processes: Processes) -> Path:
+def make_folder(out: str | None, preset: str, resume: bool, processes: Processes) -> Path:
     """The folder of the run, made by the first process; without `out` one of runs/ named by the preset and the time.
 
     Raises:
@@ -56,9 +56,10 @@ def locked(folder: Path, processes: Processes) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """What computes, beside the package itself."""
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version(),
-            "platform": platform.platform()}  # fmt: skip
+    return {
+        "block_recurrent_transformer_pytorch": __version__, "torch": str(torch.__version__), "numpy": np.__version__,
+        "python": platform.python_version(), "platform": platform.platform(),
+    }  # fmt: skip
 
 
 def commit(folder: Path) -> str | None:
