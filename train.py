@@ -195,8 +195,6 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--betas {options.betas} must be below 1")
     if options.optimizer == "adafactor" and options.parallel == "fsdp" and "WORLD_SIZE" in os.environ:
         parser.error("--optimizer adafactor needs whole parameters, --parallel fsdp splits them: use adamw, or ddp")
-    if options.seed >= 2**63:
-        parser.error(f"--seed {options.seed} must be below 2^63")
     if options.precision == "auto":
         options.precision = "bf16" if multiplies_bf16(options.device) else "fp32"
     if wrong := sorted(flags.SET_BY_FLAGS & set(options.set)):
@@ -259,6 +257,8 @@ def load_data(options: argparse.Namespace, processes: Processes) -> tuple[data.C
     corpora = read_data(options, processes, tokenizer) if processes.is_first else None
     processes.wait()
     corpora = corpora or read_data(options, processes, tokenizer)
+    if options.batch > corpora[0].total_tokens:
+        raise ValueError(f"--batch {options.batch} is more than the {corpora[0].total_tokens} training tokens")
     train, valid = (corpus.cut(options.batch) for corpus in corpora)
     return train, valid, tokenizer
 
@@ -299,7 +299,11 @@ def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
     train, valid, tokenizer = load_data(options, processes)
     torch.manual_seed(options.seed)  # the same weights in all processes
     config = model_config(options, train.num_tokens)
-    model = BlockRecurrentTransformer(config).to(device=processes.device, dtype=weight_type(options))
+    try:
+        model = BlockRecurrentTransformer(config).to(device=processes.device, dtype=weight_type(options))
+    except (RuntimeError, TypeError) as error:  # no memory, or a size beyond 64 bits
+        sizes = f"--dim {options.dim} --depth {options.depth} --set {options.set}"
+        raise ValueError(f"{sizes}: the model cannot be built: {str(error).splitlines()[0]}") from error
     if processes.size > 1 and options.parallel == "fsdp":
         distributed.shard(model, processes)
     segments = Segments(torch.compile(model) if options.compile else model)  # type: ignore[arg-type]
@@ -695,8 +699,11 @@ def check_metadata(run: Run, saved: checkpoint.Checkpoint) -> None:
 def check_options(run: Run, saved: checkpoint.Checkpoint) -> None:
     """The options that a run cannot change when it goes on."""
     options, stream, metadata = run.options, run.stream.state_dict(), saved.metadata
-    if Config.from_dict(metadata["model_config"]).fingerprint != run.model.config.fingerprint:
-        raise ValueError("its model has other sizes or options than those given now")
+    config, was = run.model.config, metadata["model_config"]
+    if was.get("depth") != config.depth or Config.from_dict(was).fingerprint != config.fingerprint:
+        other = [f"{name}={now} instead of {was.get(name)}" for name, now in asdict(config).items()
+                 if was.get(name, now) != now]  # fmt: skip
+        raise ValueError(f"its model has other sizes or options than those given now: {', '.join(other)[:200]}")
     own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
     for name, now in own.items():
         was = metadata["optimizer"] if name == "optimizer" else metadata["stream"].get(name)

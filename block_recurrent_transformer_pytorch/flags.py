@@ -63,16 +63,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if action.default not in (None, [], False) else action.help
 
 
+def natural(text: str, least: int = 0) -> int:
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+    if int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} must be below 2^63")
+    return int(text)
+
+
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
+    return natural(text, 1)
 
 
 def not_negative(text: str) -> float:

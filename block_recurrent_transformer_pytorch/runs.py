@@ -34,7 +34,7 @@ def make_folder(out: str | None, preset: str, resume: bool, processes: Processes
         raise ValueError(f"--out {folder} is not empty; --resume goes on with the run in it")
     if names - {"lock", "config.json.tmp"} and "config.json" not in names:
         raise ValueError(f"--resume {folder}: there are files, but no run: it has no config.json")
-    if "metrics.jsonl" in names and "checkpoints" not in names:
+    if "metrics.jsonl" in names and not (folder / "checkpoints").is_dir():
         raise ValueError(f"--resume {folder}: its checkpoints/ is missing, and to begin anew would lose its "
                          "metrics.jsonl: put the one back, or the other away")  # fmt: skip
     if processes.is_first:

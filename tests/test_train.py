@@ -282,6 +282,9 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_log(run, tmp_path):
     before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
     status, text = run("a", "--resume")
     assert status == 2 and f"--resume {tmp_path / 'a'}: its checkpoints/ is missing" in text
+    (tmp_path / "a" / "checkpoints").write_text("no folder")
+    status, text = run("a", "--resume")
+    assert status == 2 and "its checkpoints/ is missing" in text
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
 
 
@@ -331,7 +334,8 @@ FORGED = {  # of a checkpoint whose digests are right: where, what, and what is 
     "no metadata": ("metadata", {}, "stream is None"),
     "a model without sizes": ("metadata/model_config", {}, "model_config"),
     "a model of words": ("metadata/model_config/dim", "wide", "dim"),
-    "a larger model": ("metadata/model_config/dim", 32, "other sizes"),
+    "a larger model": ("metadata/model_config/dim", 32, "options than those given now: dim=16 instead of 32"),
+    "a depth of words": ("metadata/model_config/depth", "deep", "depth=2 instead of deep"),
     "an unknown option": ("metadata/model_config/colour", 3, "colour"),
     "no stream": ("metadata/stream", None, "stream is None"),
     "another batch": ("metadata/stream/batch", 3, "--batch 4"),
@@ -641,7 +645,12 @@ REFUSED = {
     "--resume nowhere": "--resume nowhere",
     "--optimizer sgd": "--optimizer",
     "--device nothing": "nothing",
-    "--seed 9223372036854775808": "--seed",
+    "--seed 9223372036854775808": "--seed: 9223372036854775808 must be below 2^63",
+    "--batch 9223372036854775807": "--batch 9223372036854775807 is more than the",
+    "--dim 4611686018427387904": "--dim 4611686018427387904 --depth 2 --set {",
+    "--set ff_dim=99999999999999999999": "'ff_dim': 99999999999999999999}: the model cannot be built",
+    f"--cache {__file__}": f"cache: {__file__} is no folder",
+    f"--data {'x' * 300}": f"data: cannot read {'x' * 200}: File name too long",
     "--resume . --out elsewhere": "--resume .: the run goes on in its folder",
     f"--out {__file__}": f"--out {__file__} is no folder",
 }
@@ -882,6 +891,9 @@ def test_evaluation_names_a_forged_checkpoint(run, tmp_path, capsys):
     assert "passed over a damaged checkpoint" in capsys.readouterr().out
     assert evaluate.main([str(tmp_path / "a"), "--checkpoint", "best"]) == 2
     assert "step-00000006 is not as train.py writes it" in capsys.readouterr().err
+    forge(tmp_path / "a", lambda content: content["metadata"]["model_config"].update(dim=16, depth=10**6))
+    assert evaluate.main([str(tmp_path / "a"), "--checkpoint", "best"]) == 2
+    assert "depth=1000000 layers in 33 tensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["--documents -1", "--rows 0", "--threads 0", "--device nothing"])
