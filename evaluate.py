@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data, select_rows
-from train import DEVICES, positive
+from block_recurrent_transformer_pytorch.flags import DEVICES, positive
 
 Floats = NDArray[np.float64]
 
@@ -106,6 +106,9 @@ def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransform
 def make_model(saved: checkpoint.Checkpoint) -> BlockRecurrentTransformer:
     """The model of a checkpoint, which may be forged."""
     try:
+        depth, tensors = saved.metadata["model_config"]["depth"], len(saved.tensors["model"])
+        if depth > tensors:  # it would not fit in memory
+            raise ValueError(f"depth={depth} layers in {tensors} tensors")
         config = Config.from_dict(saved.metadata["model_config"])
         return BlockRecurrentTransformer.from_weights(config, saved.tensors["model"])
     except (AttributeError, BeartypeCallHintViolation, LookupError, RuntimeError, TypeError, ValueError) as error:

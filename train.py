@@ -24,14 +24,12 @@ import json
 import math
 import os
 import platform
-import random
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -47,85 +45,35 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import block_recurrent_transformer_pytorch as package
 from block_recurrent_transformer_pytorch import (
-    KV,
     BlockRecurrentTransformer,
     Config,
-    LayerMemory,
     Memories,
     States,
     checkpoint,
     data,
     detach,
     distributed,
-    files,
+    flags,
     forget_rows,
     metrics,
     optim,
-    paper,
     replay,
+    runs,
 )
-from block_recurrent_transformer_pytorch.distributed import Processes
-from block_recurrent_transformer_pytorch.footprint import Footprint, footprint
+from block_recurrent_transformer_pytorch.distributed import Processes, to_device
+from block_recurrent_transformer_pytorch.files import written_at_once
+from block_recurrent_transformer_pytorch.flags import DEVICES, PRESETS, natural, not_negative, positive, setting
+from block_recurrent_transformer_pytorch.footprint import footprint
 
-SET_BY_FLAGS = {  # options of Config that have a flag of their own, or follow from the data
-    "num_tokens", "max_seq_len", "block_width", "num_state_vectors", "use_checkpointing", "use_flash_attn", "dim",
-    "depth", "heads", "dim_head", "recurrent_layers", "ignore_index",
-}  # fmt: skip
-CARRIED_TYPES = (Memories, LayerMemory, KV, States)
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LONGEST_SKIP = 100  # steps without a finite gradient, one behind the other, that end a run
 
 # ---------------------------------------------------------------------------------------------------------- 1 options
 
-def of_the_paper(size: str) -> dict[str, Any]:
-    """The authors' settings of their best variant, Rec:fixed:skip, for a size of `paper.SIZES`."""
-    model = paper.options(size, "fixed:skip")
-    named = {"dim", "depth", "heads", "dim_head", "recurrent_layers"}
-    flags = {"max_seq_len": "segment", "block_width": "block", "num_state_vectors": "states"}
-    return {
-        **{flags.get(name, name): value for name, value in model.items() if name in named or name in flags},
-        "recurrent_layers": list(model["recurrent_layers"]), "batch": 32, "accumulate": 8, "steps": 500_000,
-        "optimizer": "adafactor", "lr": 1000**-0.5, "schedule": "rsqrt", "warmup": 1000, "clip": 0.0,
-        "valid_every": 1000, "valid_batches": 400, "checkpoint_every": 1000,
-        "set": {k: v for k, v in model.items() if k not in named and k not in flags and k not in SET_BY_FLAGS},
-    }  # fmt: skip
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {  # seconds: to see that everything works
-        "dim": 32, "depth": 2, "heads": 2, "dim_head": 16, "block": 16, "segment": 64, "states": 8, "batch": 8,
-        "steps": 50, "lr": 3e-3, "warmup": 5, "valid_every": 25, "valid_batches": 4, "final_batches": 16,
-        "checkpoint_every": 25, "sample": 64,
-    },
-    "cpu": {  # some minutes on two cores
-        "dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "block": 64, "segment": 256, "states": 32, "batch": 8,
-        "steps": 1200, "lr": 3e-3, "warmup": 100, "valid_every": 300, "valid_batches": 32, "checkpoint_every": 300,
-        "set": {"all_layers_qk_rmsnorm": True},
-    },
-    "enwik8": {  # sizes, batch and dropouts of train.py in 0.4.4; its rate was 1e-4 throughout
-        "dim": 512, "depth": 6, "heads": 8, "dim_head": 64, "block": 512, "segment": 1024, "states": 512,
-        "recurrent_layers": [4], "batch": 16, "accumulate": 4, "steps": 100_000, "lr": 2e-4, "warmup": 1000,
-        "clip": 0.5, "memory_dropout": 0.1, "state_dropout": 0.1, "valid_every": 500, "valid_batches": 100,
-        "checkpoint_every": 500,
-    },
-    "paper-150m": of_the_paper("medium_150M"),
-    "paper-650m": of_the_paper("large_600M"),
-    "paper-1.3b": of_the_paper("large_1200M"),
-}  # fmt: skip
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are not decided later."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, [], False) else action.help
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage="train.py [options]", formatter_class=HelpFormatter,
+        description=__doc__.splitlines()[0], usage="train.py [options]", formatter_class=flags.HelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
     add_run_flags(parser.add_argument_group("the run"))
@@ -171,7 +119,7 @@ def add_model_flags(group: Any) -> None:
     add("--states", type=positive, default=512, help="state vectors of a recurrent layer")
     add("--recurrent-layers", type=positive, nargs="+", metavar="N", help="layers, from 1, that have a state; default "
         "the one in the middle")  # fmt: skip
-    add("--set", action="append", default=[], metavar="NAME=VALUE", type=model_option, help="any other option of "
+    add("--set", action="append", default=[], metavar="NAME=VALUE", type=setting, help="any other option of "
         "Config, as JSON: --set gate=lstm --set num_xl_blocks=2")  # fmt: skip
 
 
@@ -216,101 +164,16 @@ def add_output_flags(group: Any) -> None:
     add("--sample", type=natural, default=400, help="tokens to write at the end; 0: none")
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return float(text)
-
-
 def bptt(text: str) -> int | str:
     return text if text in ("full", "replay") else positive(text)
 
 
-def model_option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def parse(argv: list[str], parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """The options: defaults, then the preset's, the config file's, those of the run resumed, the command line's."""
-    parser = parser or make_parser()
-    given = parser.parse_args(argv)
-    read: list[str] = []
-    if given.config:
-        read += as_flags(read_options(parser, "--config", Path(given.config)))
-        given = parser.parse_args([*read, *argv])
-    folder = given.resume or given.out
-    if given.resume is not None and not folder:
-        parser.error("--resume needs the run's folder: --resume DIR, or --out DIR --resume")
-    if given.resume and not Path(given.resume).is_dir():
-        parser.error(f"--resume {given.resume}: there is no such folder")
-    if given.resume and given.out and Path(given.resume) != Path(given.out):
-        parser.error(f"--resume {given.resume}: the run goes on in its folder, not in --out {given.out}")
-    options_of_run: dict[str, Any] = {}
-    if given.resume is not None and (Path(folder) / "config.json").exists():
-        options_of_run = read_options(parser, "--resume", Path(folder) / "config.json")
-        read += as_flags(options_of_run)
-    if given.preset and options_of_run.get("preset", given.preset) != given.preset:
-        parser.error(f"--preset {given.preset}: the run in {folder} has the preset {options_of_run['preset']}")
-    preset = parser.parse_args(read + argv).preset or ("enwik8" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args([*as_flags(PRESETS[preset]), *read, *argv])
-    options.preset, options.out, options.resume = preset, folder, given.resume is not None
-    options.set = dict(options.set)
-    given_lr = any(word.partition("=")[0] == "--lr" for word in (*read, *argv))
-    if options.optimizer != PRESETS[preset].get("optimizer", "adamw") and not given_lr:
-        parser.error(f"--optimizer {options.optimizer}: the rate of preset {preset} is for another one, give --lr too")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options: defaults, then the preset's, a config file's, those of the run resumed, the command line's."""
+    parser = make_parser()
+    options = flags.parse(parser, argv)
     check(options, parser)
     return options
-
-
-def read_options(parser: argparse.ArgumentParser, flag: str, path: Path) -> dict[str, Any]:
-    """The options in a JSON file, or in the config.json of a run. Their values are checked as those of flags."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        parser.error(f"{flag}: {path} cannot be read: {error}")
-    values = values.get("options", values) if isinstance(values, dict) else values
-    if not isinstance(values, dict):
-        parser.error(f"{flag}: {path} is not a JSON object of options")
-    if not isinstance(values.get("set", {}), dict):
-        parser.error(f"{flag}: {path} gives no JSON object for set")
-    known = set(vars(parser.parse_args([]))) - {"config"}
-    if unknown := sorted(name for name, value in values.items() if name not in known and value is not None):
-        parser.error(f"{flag}: {path} has the unknown option {unknown[0]!r}")
-    return values
-
-
-def as_flags(values: dict[str, Any]) -> list[str]:
-    """Options as a command line gives them."""
-    flags = []
-    for name, value in values.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name == "set":
-            flags += [f"--set={option}={json.dumps(setting)}" for option, setting in value.items()]
-        elif isinstance(value, bool):
-            flags += [flag] if value else [f"--no-{flag[2:]}"]
-        elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
-        elif value is not None:
-            flags += [f"{flag}={value}"]
-    return flags
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -319,6 +182,10 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         options.step_segments = options.bptt if isinstance(options.bptt, int) else 8
     if isinstance(options.bptt, int) and options.step_segments % options.bptt:
         parser.error(f"--step-segments {options.step_segments} is not a multiple of --bptt {options.bptt}")
+    parts = int(os.environ.get("WORLD_SIZE", "1")) * options.accumulate
+    if options.batch % parts:
+        parser.error(f"--batch {options.batch} cannot be divided into --accumulate {options.accumulate} parts of "
+                     f"each of {parts // options.accumulate} processes")  # fmt: skip
     if options.segment % options.block:
         parser.error(f"--segment {options.segment} is not a multiple of --block {options.block}")
     for name in ("memory_dropout", "state_dropout", "lr_end"):
@@ -328,11 +195,9 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--betas {options.betas} must be below 1")
     if options.optimizer == "adafactor" and options.parallel == "fsdp" and "WORLD_SIZE" in os.environ:
         parser.error("--optimizer adafactor needs whole parameters, --parallel fsdp splits them: use adamw, or ddp")
-    if options.seed >= 2**63:
-        parser.error(f"--seed {options.seed} must be below 2^63")
     if options.precision == "auto":
         options.precision = "bf16" if multiplies_bf16(options.device) else "fp32"
-    if wrong := sorted(SET_BY_FLAGS & set(options.set)):
+    if wrong := sorted(flags.SET_BY_FLAGS & set(options.set)):
         parser.error(f"--set {wrong[0]}: there is a flag for this, or it follows from the data")
     try:
         model_config(options, num_tokens=256)
@@ -357,7 +222,8 @@ class Run:
     processes: Processes
     folder: Path
     model: BlockRecurrentTransformer
-    loss: nn.Module  # `Segments` of the model, in DDP where there are several processes
+    segments: Segments
+    loss: nn.Module  # the segments, in DDP where there are several processes
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
     train: data.Corpus
@@ -370,50 +236,37 @@ class Run:
     step: int = 0
     skipped: int = 0  # steps whose gradient was not finite
     skipped_now: int = 0  # those since the last finite one
-    stop: list[int] = field(default_factory=list)  # signals that came
+    told: dict[str, Any] | None = None  # of the last step, as long as it is not validated and written to the log
+    stop: list[tuple[int, float]] = field(default_factory=list)  # signals that came, and when
 
     @property
     def rows(self) -> int:
         """Rows of each part."""
-        return divided(self.options, self.processes)
+        return int(self.options.batch // (self.processes.size * self.options.accumulate))
 
     @property
     def tokens_per_step(self) -> int:
         return int(self.options.batch * self.options.segment * self.options.step_segments)
 
 
-def say(processes: Processes, text: str) -> None:
-    """Prints, between the lines of a progress bar, in the first process."""
-    if processes.is_first:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-
 def load_data(options: argparse.Namespace, processes: Processes) -> tuple[data.Corpus, data.Corpus, data.Tokenizer]:
     """Training and validation tokens. The first process downloads and tokenises, then the others read its files."""
     if options.data == "auto":
-        options.data = processes.share(choose_data(processes))
+        options.data = processes.share(data.choose() if processes.is_first else "")
     tokenizer = data.FileTokenizer(options.tokenizer) if options.tokenizer else data.ByteTokenizer()
     corpora = read_data(options, processes, tokenizer) if processes.is_first else None
     processes.wait()
     corpora = corpora or read_data(options, processes, tokenizer)
+    if options.batch > corpora[0].total_tokens:
+        raise ValueError(f"--batch {options.batch} is more than the {corpora[0].total_tokens} training tokens")
     train, valid = (corpus.cut(options.batch) for corpus in corpora)
     return train, valid, tokenizer
-
-
-def choose_data(processes: Processes) -> str:
-    if not processes.is_first:
-        return ""
-    if data.find_enwik8() or data.download_enwik8():
-        return "enwik8"
-    say(processes, "enwik8 is not in data/ and cannot be downloaded: training on the Python standard library's source")
-    return "stdlib"
 
 
 def read_data(options: argparse.Namespace, processes: Processes, tokenizer: data.Tokenizer) -> list[data.Corpus]:
     source = data.load_source(options.data, text_field=options.text_field, progress=processes.is_first)
     name = f"stdlib of Python {platform.python_version()}" if options.data == "stdlib" else options.data
-    say(processes, f"data: {name}: {source.describe()}")
+    processes.say(f"data: {name}: {source.describe()}")
     parts = data.split(source)
     return [data.build_corpus(part, tokenizer, options.cache, progress=processes.is_first) for part in parts[:2]]
 
@@ -431,65 +284,42 @@ def model_config(options: argparse.Namespace, num_tokens: int) -> Config:
         raise ValueError(f"--set: {str(error).partition('parameter ')[2] or error}") from error
 
 
+def weight_type(options: argparse.Namespace) -> torch.dtype:
+    return torch.float64 if options.precision == "fp64" else torch.float32
+
+
 def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if options.optimizer == "adafactor":
         return optim.Adafactor([{"params": group["params"]} for group in groups], lr=options.lr)
     return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
 
 
-def divided(options: argparse.Namespace, processes: Processes) -> int:
-    """Rows of each part."""
-    parts = processes.size * options.accumulate
-    if options.batch % parts:
-        raise ValueError(f"--batch {options.batch} cannot be divided into --accumulate {options.accumulate} parts of "
-                         f"each of {processes.size} processes")  # fmt: skip
-    return int(options.batch // parts)
-
-
-def build(options: argparse.Namespace, processes: Processes, folder: Path) -> Run:
+def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
     """A run at its beginning."""
-    divided(options, processes)
     train, valid, tokenizer = load_data(options, processes)
     torch.manual_seed(options.seed)  # the same weights in all processes
     config = model_config(options, train.num_tokens)
-    dtype = torch.float64 if options.precision == "fp64" else torch.float32
-    model = BlockRecurrentTransformer(config).to(device=processes.device, dtype=dtype)
-    groups = optim.parameter_groups(model, options.weight_decay)
+    try:
+        model = BlockRecurrentTransformer(config).to(device=processes.device, dtype=weight_type(options))
+    except (RuntimeError, TypeError) as error:  # no memory, or a size beyond 64 bits
+        sizes = f"--dim {options.dim} --depth {options.depth} --set {options.set}"
+        raise ValueError(f"{sizes}: the model cannot be built: {str(error).splitlines()[0]}") from error
     if processes.size > 1 and options.parallel == "fsdp":
-        groups = shard(model, groups, processes)
-    loss: nn.Module = Segments(torch.compile(model) if options.compile else model)  # type: ignore[arg-type]
+        distributed.shard(model, processes)
+    segments = Segments(torch.compile(model) if options.compile else model)  # type: ignore[arg-type]
+    loss: nn.Module = segments
     if processes.size > 1 and options.parallel == "ddp":
-        depth = 1 if options.bptt == "replay" else gradient_depth(options)
-        loss = distributed.replicate(loss, model, depth * options.segment)
-    optimizer = make_optimizer(options, groups)
+        loss = distributed.replicate(segments, model, gradient_depth(options) * options.segment)
+    optimizer = make_optimizer(options, optim.parameter_groups(model, options.weight_decay))
     schedule = optim.schedule(options.schedule, base=options.lr, max_steps=options.steps, end=options.lr_end,
                               warmup=min(options.warmup, options.steps))  # fmt: skip
     stream = data.DocumentStream(train, batch=options.batch, segment=options.segment, seed=options.seed,
                                  rank=processes.rank, world=processes.size)  # fmt: skip
     generator = torch.Generator().manual_seed(options.seed)
-    seed_everything(options.seed, 0, processes)
+    checkpoint.seed_everything(options.seed, 0, processes.rank)
     carried: list[tuple[Memories | None, States | None]] = [(None, None)] * options.accumulate
-    return Run(options, processes, folder, model, loss, optimizer, schedule, train, valid, tokenizer, stream, generator,
-               optim.LossScale(options.precision == "fp16"), carried)  # fmt: skip
-
-
-def shard(
-    model: BlockRecurrentTransformer, groups: list[dict[str, Any]], processes: Processes
-) -> list[dict[str, Any]]:
-    """Shards the parameters; the same groups of the optimizer, of the sharded ones."""
-    chosen = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
-    index = {name: chosen[id(parameter)] for name, parameter in model.named_parameters()}
-    distributed.shard(model, processes)
-    names = dict(model.named_parameters())
-    return [{**group, "params": [names[n] for n in names if index[n] == i]} for i, group in enumerate(groups)]
-
-
-def seed_everything(seed: int, step: int, processes: Processes) -> None:
-    """Other random numbers in each process, from the beginning and from each change of the number of processes."""
-    own = int(np.random.SeedSequence([seed, step, processes.rank]).generate_state(1)[0])
-    random.seed(own)
-    np.random.seed(own)
-    torch.manual_seed(own)
+    return Run(options, processes, path, model, segments, loss, optimizer, schedule, train, valid, tokenizer, stream,
+               generator, optim.LossScale(options.precision == "fp16"), carried)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ 3 a step
@@ -588,9 +418,13 @@ def train_step(run: Run) -> dict[str, Any]:
         nats += backward(run, part, segments, run.scale.value * processes.size / targets)
 
     rate = run.schedule(run.step + 1)
-    norm, finite = move(run, rate)
-    total_nats, total_bytes, stop = processes.sum(float(nats), num_bytes, len(run.stop))
+    norm, finite = optim.step(run.optimizer, lr=rate, clip=options.clip, scale=run.scale)
+    if not finite:
+        begin_anew(run)
+    run.skipped += not finite
+    run.skipped_now = 0 if finite else run.skipped_now + 1
     run.step += 1
+    total_nats, total_bytes = processes.sum(float(nats), num_bytes)
     return {
         "step": run.step,
         "loss": total_nats / targets,
@@ -600,12 +434,17 @@ def train_step(run: Run) -> dict[str, Any]:
         "grad_norm": norm if finite else None,
         "skipped": run.skipped,
         "epoch": run.stream.epoch,
-        "stop": stop > 0,
     }
 
 
 class Stopped(Exception):
-    """A signal to stop came within a step."""
+    """A signal to stop came within a step or a validation."""
+
+
+def leave_if_stopped(run: Run) -> None:
+    """Between the segments of a step, and of a validation: a signal comes to each process at another moment."""
+    if run.processes.sum(len(run.stop))[0]:
+        raise Stopped
 
 
 @contextmanager
@@ -621,13 +460,8 @@ def undone_if_stopped(run: Run) -> Iterator[None]:
         run.generator.set_state(generator)
         rest.restore()
         run.optimizer.zero_grad(set_to_none=True)
+        release(run)
         raise
-
-
-def leave_if_stopped(run: Run) -> None:
-    """Between the segments of a step. Several processes go to its end: they would have to agree each time."""
-    if run.stop and run.processes.size == 1:
-        raise Stopped
 
 
 def backward(run: Run, part: int, segments: list[Segment], weight: float) -> Tensor:
@@ -641,7 +475,7 @@ def backward(run: Run, part: int, segments: list[Segment], weight: float) -> Ten
     for start in range(0, len(segments), depth):
         leave_if_stopped(run)
         is_last = last_part and start + depth >= len(segments)
-        with exchanging(run, is_last):
+        with distributed.exchanging(run.loss, run.model, is_last):
             with autocast(run.options):
                 nats, memories, states = run.loss(segments[start : start + depth], memories, states)
             (nats * weight).backward()
@@ -650,79 +484,29 @@ def backward(run: Run, part: int, segments: list[Segment], weight: float) -> Ten
     return total
 
 
-class Replayed:
-    """What `replay_backward` needs to know of segments: how to take them apart and to compute one."""
-
-    def __init__(self, run: Run, segments: list[Segment]) -> None:
-        self.run, self.segments, self.device = run, segments, run.processes.device
-
-    def parts(self, x: Any) -> Iterator[tuple[Segment, int, int]]:
-        """Each segment, its targets, and what these are divided by: nothing, so that losses are sums."""
-        return ((segment, segment.count, 1) for segment in self.segments)
-
-    def drops(self, part: Segment) -> tuple[None, None]:
-        return None, None  # drawn already
-
-    def step(self, part: Segment, memories: Any, states: Any, reset: Any, drops: Any) -> tuple[Tensor, Any, Any]:
-        leave_if_stopped(self.run)
-        with autocast(self.run.options):
-            nats, memories, states = inner(self.run)([part], memories, states, cut=False)
-        return nats / max(1, part.count), memories, states
-
-
 def replayed(run: Run, part: int, segments: list[Segment], weight: float, is_last: bool) -> Tensor:
     """`backward` through all segments at the memory of one. DDP's own exchange expects one forward per backward pass,
     so gradients are averaged here."""
-    if is_sharded(run):
-        run.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-    steps, (memories, states) = Replayed(run, segments), run.carried[part]
-    nats, memories, states = replay.replay_backward(steps, steps, xl_memories=memories, states=states, scale=weight)
-    run.carried[part] = (memories, states)
+
+    def step(segment: Segment, memories: Memories | None, states: States | None) -> Any:
+        leave_if_stopped(run)
+        with autocast(run.options):
+            return run.segments([segment], memories, states, cut=False)
+
+    distributed.exchanging(run.model, run.model, is_last)
+    nats, *carried = replay.replay_segments(step, segments, len(segments), run.carried[part],
+                                            device=run.processes.device, scale=weight)  # fmt: skip
+    run.carried[part] = (carried[0], carried[1])
     if is_last and isinstance(run.loss, DistributedDataParallel):
         distributed.average_gradients(run.model.parameters(), run.processes)
     return nats.double()
 
 
-def is_sharded(run: Run) -> bool:
-    return run.processes.size > 1 and run.options.parallel == "fsdp"
-
-
 def gradient_depth(options: argparse.Namespace) -> int:
     """Segments that one graph holds."""
-    return int(options.bptt if isinstance(options.bptt, int) else options.step_segments)
-
-
-def exchanging(run: Run, is_last: bool) -> AbstractContextManager[Any]:
-    """Processes exchange gradients in the last backward pass of a step only."""
-    if is_sharded(run):
-        run.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-    elif isinstance(run.loss, DistributedDataParallel) and not is_last:
-        return run.loss.no_sync()
-    return nullcontext()
-
-
-def move(run: Run, rate: float) -> tuple[float, bool]:
-    """Moves the parameters, unless the gradient is not finite; returns its norm before clipping, and whether it was."""
-    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    scaled = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    finite = math.isfinite(scaled)
-    if finite:
-        scale, length = run.scale.value, scaled / run.scale.value
-        factor = min(1.0, run.options.clip / (length + 1e-6)) / scale if run.options.clip else 1 / scale
-        if factor != 1:
-            torch._foreach_mul_(gradients, factor)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-    else:
-        begin_anew(run)
-    run.skipped += not finite
-    run.skipped_now = 0 if finite else run.skipped_now + 1
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scale.update(finite)
-    return scaled / run.scale.value, finite
+    if options.bptt == "replay":
+        return 1
+    return int(options.step_segments if options.bptt == "full" else options.bptt)
 
 
 def begin_anew(run: Run) -> None:
@@ -740,10 +524,17 @@ def begin_anew(run: Run) -> None:
 def evaluating(run: Run) -> Iterator[None]:
     """Without gradients and dropout. The random numbers of training are left as they are."""
     run.model.eval()
-    with torch.no_grad(), autocast(run.options):
-        yield
-    run.model.train()
-    if is_sharded(run):
+    try:
+        with torch.no_grad(), autocast(run.options):
+            yield
+    finally:
+        run.model.train()
+        release(run)
+
+
+def release(run: Run) -> None:
+    """FSDP keeps what a forward pass gathered for a backward pass: there is none."""
+    if distributed.is_sharded(run.model):
         run.model.reshard()  # type: ignore[operator]
 
 
@@ -757,15 +548,12 @@ def validate(run: Run, num_batches: int | None) -> float:
     memories = states = None
     with evaluating(run):
         for batch in islice(stream, num_batches):
+            leave_if_stopped(run)
             segments = to_segments(run, [batch], [(nothing, nothing)], everything)
-            summed, memories, states = inner(run)(segments, memories, states)
+            summed, memories, states = run.segments(segments, memories, states)
             nats += summed
             num_bytes += run.valid.count_bytes(batch)
     return data.bits_per_byte(*processes.sum(float(nats), num_bytes))
-
-
-def inner(run: Run) -> Any:
-    return run.loss.module if isinstance(run.loss, DistributedDataParallel) else run.loss
 
 
 def write_sample(run: Run) -> str:
@@ -784,106 +572,60 @@ def write_sample(run: Run) -> str:
 # --------------------------------------------------------------------------------------------- 5 the folder of the run
 
 
-def make_folder(options: argparse.Namespace, processes: Processes) -> Path:
-    """The folder of the run, made by the first process. A new run never goes into the folder of another."""
-    if options.out is None:
-        name = f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        taken = (Path("runs") / name, *(Path("runs") / f"{name}-{number}" for number in range(2, 1000)))
-        options.out = processes.share(next(str(path) for path in taken if not path.exists()))
-    folder = Path(options.out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is no folder")
-    names = processes.share({path.name for path in folder.iterdir()} if folder.exists() else set())
-    if names and not options.resume:
-        raise ValueError(f"--out {folder} is not empty; --resume goes on with the run in it")
-    if names - {"lock", "config.json.tmp"} and "config.json" not in names:
-        raise ValueError(f"--resume {folder}: there are files, but no run: it has no config.json")
-    if "metrics.jsonl" in names and "checkpoints" not in names:
-        raise ValueError(f"--resume {folder}: its checkpoints/ is missing, and to begin anew would lose its "
-                         "metrics.jsonl: put the one back, or the other away")  # fmt: skip
-    if processes.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@contextmanager
-def locked(folder: Path, processes: Processes) -> Iterator[None]:
-    """Only one run at a time writes to a folder. The lock goes with the process, however it ends."""
-    if not processes.is_first:
-        yield
-        return
-    try:
-        with files.locked(folder / "lock"):
-            yield
-    except BlockingIOError as error:
-        raise ValueError(f"--out {folder} is in use by a run that has not ended") from error
-
-
 def write_config(run: Run) -> None:
     content = {
         "options": {**vars(run.options), "out": None, "resume": None, "config": None, "dry_run": None, "device": None},
         "model": asdict(run.model.config),
-        "commit": git_commit(),
-        "versions": {
-            "block_recurrent_transformer_pytorch": package.__version__, "torch": str(torch.__version__),
-            "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform(),
-        },
+        "commit": runs.commit(Path(__file__).resolve().parent),
+        "versions": runs.versions(),
         "processes": run.processes.size,
         "threads": torch.get_num_threads(),
         "corpus": {"train": run.train.fingerprint, "valid": run.valid.fingerprint},
     }  # fmt: skip
-    with files.written_at_once(run.folder / "config.json") as file:
+    with written_at_once(run.folder / "config.json") as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-def git_commit() -> str | None:
-    """The commit of this script, with "+" if files were changed since."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit, changed = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
 
 
 # ------------------------------------------------------------------------------------------------------- 6 checkpoints
 
 
-def save(run: Run, metric: float | None) -> bool:
-    """Writes a checkpoint; False if the disk did not take it, and the ones before are as they were."""
-    processes = run.processes
-    names = dict(run.model.named_parameters())
-    model = distributed.full_state(run.model, processes)
-    optimizer = distributed.optimizer_state(names, run.optimizer, processes)
-    own = [to_device(part, "cpu") for part in run.carried]
-    carried = [part for parts in processes.gather(own) for part in parts]
-    generators = processes.gather(checkpoint.rng_state({"memory": run.generator}))
-    metadata = {
+def metadata_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, in the first process."""
+    return {
         "stream": run.stream.state_dict(),
-        "rng": generators,
+        "rng": run.processes.gather(checkpoint.rng_state({"memory": run.generator})),
         "loss_scale": [run.scale.value, run.scale.streak],
         "skipped": [run.skipped, run.skipped_now],
+        "told": run.told,
         "optimizer": run.options.optimizer,
         "model_config": asdict(run.model.config),
-        "versions": {"torch": str(torch.__version__), "block_recurrent_transformer_pytorch": package.__version__},
+        "versions": runs.versions(),
     }
-    written = True
+
+
+def save(run: Run, metric: float | None, *, amend: bool = False) -> bool:
+    """Writes a checkpoint; False if the disk did not take it, and the ones before are as they were.
+
+    With `amend` only what the validation added to the checkpoint of this step, which a signal had stopped.
+    """
+    processes, path, written = run.processes, run.folder / "checkpoints", True
+    own = [to_device(part, "cpu") for part in run.carried]
+    trees = {
+        "model": distributed.full_state(run.model, processes),
+        "optimizer": distributed.optimizer_state(dict(run.model.named_parameters()), run.optimizer, processes),
+        "carried": [part for parts in processes.gather(own) for part in parts],
+    }
+    beside: dict[str, Any] = {"metadata": metadata_of(run), "step": run.step, "metric": metric}
     if processes.is_first:
-        trees = {"model": model, "optimizer": optimizer, "carried": carried}
         try:
-            checkpoint.save(run.folder / "checkpoints", tensors=trees, metadata=metadata, step=run.step,
-                            keep=run.options.keep, metric=metric)  # fmt: skip
+            if amend:
+                checkpoint.amend(path, **beside)
+            else:
+                checkpoint.save(path, tensors=trees, keep=run.options.keep, **beside)
         except OSError as error:
-            say(processes, f"the checkpoint of step {run.step} could not be written: {error}")
+            processes.say(f"the checkpoint of step {run.step} could not be written: {error}")
             written = False
     return processes.share(written)
-
-
-def to_device(carried: Any, device: torch.device | str) -> Any:
-    return torch.utils._pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, carried)
 
 
 def restore(run: Run) -> None:
@@ -891,19 +633,19 @@ def restore(run: Run) -> None:
 
     What is read may be damaged or forged: all of it is looked at before anything of the run changes.
     """
-    options, processes, folder = run.options, run.processes, run.folder / "checkpoints"
+    options, processes, path = run.options, run.processes, run.folder / "checkpoints"
     try:
-        saved = checkpoint.load_latest(folder, types=CARRIED_TYPES, check=lambda saved: verify(run, saved))
+        saved = checkpoint.load_latest(path, types=distributed.CARRIED_TYPES, check=lambda saved: verify(run, saved))
     except FileNotFoundError:
-        say(processes, f"{run.folder} holds no checkpoint yet: starting from the beginning")
+        processes.say(f"{run.folder} holds no checkpoint yet: starting from the beginning")
         return
     processes.wait()  # until all have read
     if processes.is_first:
-        checkpoint.forget_after(folder, saved.step)
+        checkpoint.forget_after(path, saved.step)
     for reason in saved.skipped:
-        say(processes, f"passed over a damaged checkpoint: {reason}")
+        processes.say(f"passed over a damaged checkpoint: {reason}")
     take_over(run, saved)
-    say(processes, f"going on after step {run.step} of {options.steps}, from {saved.path}")
+    processes.say(f"going on after step {run.step} of {options.steps}, from {saved.path}")
 
 
 def verify(run: Run, saved: checkpoint.Checkpoint) -> None:
@@ -916,7 +658,8 @@ def verify(run: Run, saved: checkpoint.Checkpoint) -> None:
             lambda parameters: make_optimizer(run.options, [{"params": parameters}]), dict(run.model.named_parameters())
         )
         distributed.check_optimizer_state(expected, saved.tensors["optimizer"], saved.step)
-        check_carried(run, saved.tensors["carried"])
+        parts = run.processes.size * run.options.accumulate
+        distributed.check_parts(saved.tensors["carried"], run.model, run.options.batch, parts)
         copy(run.stream).load_state_dict(saved.metadata["stream"])
     except ValueError:
         raise
@@ -939,6 +682,16 @@ def check_metadata(run: Run, saved: checkpoint.Checkpoint) -> None:
             pass
         case found:
             raise ValueError(f"loss_scale and skipped are {str(found)[:80]}")
+    match metadata.get("told"):
+        case None:
+            pass
+        case {
+            "step": saved.step, "loss": float(), "bits_per_byte": float(), "targets": int(targets), "lr": float(),
+            "grad_norm": float() | None, "skipped": int(), "epoch": int(), **rest,
+        } if not rest and 0 < targets < 2**53:  # fmt: skip
+            pass
+        case found:
+            raise ValueError(f"told is {str(found)[:80]}")
     for state in metadata["rng"]:
         checkpoint.read_rng_state(state, {"memory": run.generator})
 
@@ -946,8 +699,11 @@ def check_metadata(run: Run, saved: checkpoint.Checkpoint) -> None:
 def check_options(run: Run, saved: checkpoint.Checkpoint) -> None:
     """The options that a run cannot change when it goes on."""
     options, stream, metadata = run.options, run.stream.state_dict(), saved.metadata
-    if Config.from_dict(metadata["model_config"]).fingerprint != run.model.config.fingerprint:
-        raise ValueError("its model has other sizes or options than those given now")
+    config, was = run.model.config, metadata["model_config"]
+    if was.get("depth") != config.depth or Config.from_dict(was).fingerprint != config.fingerprint:
+        other = [f"{name}={now} instead of {was.get(name)}" for name, now in asdict(config).items()
+                 if was.get(name, now) != now]  # fmt: skip
+        raise ValueError(f"its model has other sizes or options than those given now: {', '.join(other)[:200]}")
     own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
     for name, now in own.items():
         was = metadata["optimizer"] if name == "optimizer" else metadata["stream"].get(name)
@@ -961,30 +717,6 @@ def check_options(run: Run, saved: checkpoint.Checkpoint) -> None:
         raise ValueError(f"--precision {options.precision} keeps weights in {dtype}, the run in {run.folder} in {was}")
 
 
-def check_carried(run: Run, parts: Any) -> None:
-    """Memories and states of all rows, as they are behind a segment of whole blocks."""
-    if not (type(parts) is list and parts and all(type(part) is tuple and len(part) == 2 for part in parts)):
-        raise ValueError(f"what is carried is {str(parts)[:80]}, no list of memories and states")
-    if all(part == (None, None) for part in parts):
-        return
-    rows = 0
-    for part in parts:
-        memories, states = to_device(part, run.processes.device)
-        count = len(memories.layers[0].block.k)
-        x = torch.zeros(count, 1, dtype=torch.long, device=run.processes.device)
-        run.model.check(x, memories, states, {}, None, None)
-        windows = [layer.window for layer in memories.layers if layer.window is not None]
-        if windows or states.views is not None or not type(memories.place) is type(memories.blocks) is int:
-            raise ValueError("memories or states hold what is not there at the end of a segment")
-        if memories.place != 0:
-            raise ValueError(f"memories stand at place {memories.place} of a block, a segment is whole blocks")
-        if len(parts) == run.options.accumulate * run.processes.size and count != run.rows:
-            raise ValueError(f"memories are of {count} rows, a part has {run.rows}")
-        rows += count
-    if rows != run.options.batch:
-        raise ValueError(f"memories are of {rows} rows, --batch {run.options.batch} has others")
-
-
 def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Everything that `save` wrote, after `verify`."""
     processes, metadata = run.processes, saved.metadata
@@ -992,28 +724,19 @@ def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
     names = dict(run.model.named_parameters())
     distributed.load_optimizer_state(names, run.optimizer, saved.tensors["optimizer"])
     run.stream.load_state_dict(metadata["stream"])
-    run.carried = deal(run, saved.tensors["carried"])
+    share, size = run.options.accumulate, processes.size
+    parts = distributed.deal(saved.tensors["carried"], run.options.batch, share * size)
+    run.carried = to_device(parts[processes.rank * share : (processes.rank + 1) * share], processes.device)
     run.scale.value, run.scale.streak = metadata["loss_scale"]
     run.skipped, run.skipped_now = metadata["skipped"]
-    run.step = saved.step
+    run.step, run.told = saved.step, metadata.get("told")
     generators = metadata["rng"]
     if len(generators) == processes.size:
         checkpoint.set_rng_state(generators[processes.rank], {"memory": run.generator})
     else:
         checkpoint.set_rng_state(generators[0], {"memory": run.generator})
-        seed_everything(run.options.seed, run.step, processes)
-        say(processes, f"saved by {len(generators)} processes, going on with {processes.size}: rows are dealt anew")
-
-
-def deal(run: Run, parts: list[Any]) -> list[tuple[Memories | None, States | None]]:
-    """This process' share of the rows of a checkpoint. The parts themselves where there are as many as now."""
-    share, size = run.options.accumulate, run.processes.size
-    if parts[0][0] is None:  # `begin_anew` was called after the last step
-        return [(None, None)] * share
-    if len(parts) != share * size:
-        parts = distributed.split_rows(distributed.join_rows(parts), [run.rows] * (share * size))
-    own = parts[run.processes.rank * share : (run.processes.rank + 1) * share]
-    return [to_device(part, run.processes.device) for part in own]
+        checkpoint.seed_everything(run.options.seed, run.step, processes.rank)
+        processes.say(f"saved by {len(generators)} processes, going on with {processes.size}: rows are dealt anew")
 
 
 # ------------------------------------------------------------------------------------------------------- 7 the run
@@ -1021,58 +744,55 @@ def deal(run: Run, parts: list[Any]) -> list[tuple[Memories | None, States | Non
 
 def train(options: argparse.Namespace, processes: Processes) -> int:
     """A run from its beginning, or from where it was stopped, to its end; returns the exit status."""
-    folder = make_folder(options, processes)
-    with locked(folder, processes):
-        run = build(options, processes, folder)
+    path = runs.make_folder(options.out, options.preset, options.resume, processes)
+    with runs.locked(path, processes):
+        run = build(options, processes, path)
         if options.resume:
             restore(run)
         if processes.is_first:
             write_config(run)
-            (folder / "checkpoints").mkdir(exist_ok=True)
+            (path / "checkpoints").mkdir(exist_ok=True)
         describe(run)
-        signals = listen(run)
-        log = metrics.Log(run.folder, after_step=run.step, enabled=processes.is_first)
-        try:
+        log = metrics.Log(path, after_step=run.step - bool(run.told), enabled=processes.is_first)
+        with listening(run), closing(log):
             complete = loop(run, log)
-        finally:
-            log.close()
-            for number, handler in signals.items():
-                signal.signal(number, handler)
         if not complete:
-            return 128 + (run.stop[0] if run.stop else signal.SIGINT)
+            return 128 + (run.stop[0][0] if run.stop else signal.SIGINT)
         finish(run)
     return 0
 
 
 def loop(run: Run, log: metrics.Log) -> bool:
     """Steps until the last one; False if a signal came before."""
-    options, processes = run.options, run.processes
-    valid, saved, stop, pause = None, run.step, False, 0.5 if sys.stderr.isatty() else 15
-    bar = tqdm(total=options.steps, initial=run.step, unit="step", disable=not processes.is_first, mininterval=pause)
+    options, valid, saved, seconds = run.options, None, run.step, math.nan
+    pause = 0.5 if sys.stderr.isatty() else 15
+    bar = tqdm(total=options.steps, initial=run.step - bool(run.told), unit="step", mininterval=pause,
+               disable=not run.processes.is_first)  # fmt: skip
     with bar, suppress(Stopped):
-        while run.step < options.steps and not stop:
-            began = time.perf_counter()
-            with undone_if_stopped(run):
-                told = train_step(run)
-            seconds, stop = time.perf_counter() - began, told.pop("stop")
+        while run.told or run.step < options.steps:
+            if not run.told:
+                began = time.perf_counter()
+                with undone_if_stopped(run):
+                    run.told = train_step(run)
+                seconds = time.perf_counter() - began
             valid = look(run)
-            if valid is not None:
-                told["valid_bits_per_byte"] = valid
-            log.write(told, seconds)
+            told, run.told = run.told, None
+            log.write(told if valid is None else {**told, "valid_bits_per_byte": valid}, seconds)
             show(bar, told, seconds)
-            if run.step % options.checkpoint_every == 0:
+            if run.step == saved or run.step % options.checkpoint_every == 0:
                 log.sync()
-                saved = run.step if save(run, valid) else saved
+                saved = run.step if save(run, valid, amend=run.step == saved) else saved
             if run.skipped_now >= LONGEST_SKIP:
                 rate = f"lower --lr {options.lr}?"
                 raise FloatingPointError(f"{LONGEST_SKIP} steps in a row had no finite gradient: {rate}")
     if saved < run.step:
         log.sync()
-        if not save(run, valid):
+        if not save(run, None if run.told else valid):
             raise OSError(f"the last checkpoint is not written; with more room: {resume_command(run)}")
-    if run.step < options.steps:
-        say(processes, f"stopped after step {run.step} of {options.steps}; to go on: {resume_command(run)}")
-    return run.step >= options.steps
+    complete = run.step >= options.steps and not run.told
+    if not complete:
+        run.processes.say(f"stopped after step {run.step} of {options.steps}; to go on: {resume_command(run)}")
+    return complete
 
 
 def look(run: Run) -> float | None:
@@ -1081,7 +801,7 @@ def look(run: Run) -> float | None:
     if not is_last and run.step % options.valid_every:
         return None
     valid = validate(run, options.final_batches or None if is_last else options.valid_batches)
-    say(run.processes, f"step {run.step}: validation {valid:.4f} bits per byte")
+    run.processes.say(f"step {run.step}: validation {valid:.4f} bits per byte")
     return valid
 
 
@@ -1094,19 +814,26 @@ def show(bar: Any, told: dict[str, Any], seconds: float) -> None:
     bar.update()
 
 
-def listen(run: Run) -> dict[int, Any]:
-    """Ctrl-C and SIGTERM stop the run; a second one at once, without a checkpoint. Returns the handlers before.
+@contextmanager
+def listening(run: Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the run; once more, and it ends at once, without a checkpoint.
 
-    A single process stops behind the current segment and takes the step back, several behind the current step.
+    Within a second they count as one: a scheduler signals all processes, and torchrun passes on what it gets.
     """
 
     def stop(number: int, frame: Any) -> None:
-        if run.stop:
+        run.stop.append((number, time.monotonic()))
+        if run.stop[-1][1] - run.stop[0][1] > 1:
             raise KeyboardInterrupt
-        run.stop.append(number)
-        say(run.processes, "stopping (once more: at once)")
+        if len(run.stop) == 1:
+            run.processes.say("stopping (once more: at once)")
 
-    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def resume_command(run: Run) -> str:
@@ -1117,40 +844,37 @@ def resume_command(run: Run) -> str:
 def describe(run: Run) -> None:
     options, processes = run.options, run.processes
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    say(processes, f"model: {parameters:,} parameters; {run.train.total_tokens:,} training tokens, "
+    processes.say(f"model: {parameters:,} parameters; {run.train.total_tokens:,} training tokens, "
         f"{run.valid.total_tokens:,} for validation; {run.tokens_per_step:,} a step")  # fmt: skip
     parallel = f", {processes.size} processes ({options.parallel})" if processes.size > 1 else ""
-    say(processes, f"preset {options.preset}: {options.steps} steps, {options.precision} on {processes.device}"
+    processes.say(f"preset {options.preset}: {options.steps} steps, {options.precision} on {processes.device}"
         f"{parallel}, into {run.folder}; Ctrl-C stops it and it can go on later")  # fmt: skip
-    if is_sharded(run) and (tied := max(map(len, run.model.stages))) > 1:
-        say(processes, f"note: {tied} layers go through a segment together, block by block: FSDP gathers each of them "
+    if parallel and options.parallel == "fsdp" and (tied := max(map(len, run.model.stages))) > 1:
+        processes.say(f"note: {tied} layers go through a segment together, block by block: FSDP gathers each of them "
             "once a block, --parallel ddp does not")  # fmt: skip
 
 
 def finish(run: Run) -> None:
     """A sample, the learning curve, and the last line."""
     if run.options.sample:
-        say(run.processes, write_sample(run))
+        run.processes.say(write_sample(run))
     if not run.processes.is_first:
         return
     metrics.draw_curve(run.folder)
-    values = [line["valid_bits_per_byte"] for line in metrics.read_lines(run.folder)
-              if "valid_bits_per_byte" in line] or [None]  # fmt: skip
-    valid = math.nan if values[-1] is None else values[-1]
+    valid = metrics.last(run.folder, "valid_bits_per_byte")
     skipped = f", {run.skipped} steps skipped" if run.skipped else ""
     epochs = run.step * run.tokens_per_step / run.train.total_tokens
-    say(run.processes, f"done: {run.step} steps, {epochs:.2f} epochs{skipped}; {run.folder}")
-    say(run.processes, f"validation: {valid:.4f} bits per byte")
+    run.processes.say(f"done: {run.step} steps, {epochs:.2f} epochs{skipped}; {run.folder}")
+    run.processes.say(f"validation: {valid:.4f} bits per byte")
 
 
 def dry_run(options: argparse.Namespace, processes: Processes) -> int:
     """Prints what a run would be: sizes, parameters, tokens, memory."""
     train, valid, _ = load_data(options, processes)
     config = model_config(options, train.num_tokens)
-    rows = divided(options, processes)
-    parameters, activations, carried = measure(options, config, rows)
-    width = 8 if options.precision == "fp64" else 4
-    depth = 1 if options.bptt == "replay" else gradient_depth(options)
+    rows, dtype = options.batch // (processes.size * options.accumulate), weight_type(options)
+    with autocast(options):
+        parameters, activations, carried = footprint(config, rows, options.segment, options.device, dtype)
     tokens = options.batch * options.segment * options.step_segments
     share = processes.size if options.parallel == "fsdp" else 1
     kept = options.accumulate + (options.step_segments if options.bptt == "replay" else 0)  # memories and states
@@ -1162,25 +886,16 @@ def dry_run(options: argparse.Namespace, processes: Processes) -> int:
         "a step": f"{tokens:,} tokens: {options.batch} rows, {options.step_segments} segments of {options.segment}",
         "a run": f"{options.steps:,} steps, {options.steps * tokens:,} tokens, "
                  f"{options.steps * tokens / train.total_tokens:.2f} epochs",
-        "memory of weights": megabytes(parameters * width / share),
-        "memory of gradients and optimizer": megabytes(copies * parameters * width / share),
-        "memory of activations": f"{megabytes(depth * activations)} in {options.precision}, for {rows} rows",
-        "memory of what is carried": megabytes(kept * carried),
     }  # fmt: skip
-    say(processes, "\n".join(f"{name}: {text}" for name, text in lines.items()))
+    memory = {
+        "weights": parameters * dtype.itemsize / share,
+        "gradients and optimizer": copies * parameters * dtype.itemsize / share,
+        f"activations, in {options.precision}, for {rows} rows": gradient_depth(options) * activations,
+        "what is carried": kept * carried,
+    }
+    lines |= {f"memory of {name}": f"{count / 2**20:,.1f} MiB" for name, count in memory.items()}
+    processes.say("\n".join(f"{name}: {text}" for name, text in lines.items()))
     return 0
-
-
-def megabytes(count: float) -> str:
-    return f"{count / 2**20:,.1f} MiB"
-
-
-def measure(options: argparse.Namespace, config: Config, rows: int) -> Footprint:
-    """The footprint of a segment in the precision of the run."""
-    with autocast(options):
-        found = footprint(config, rows, options.segment, options.device)
-    width = 2 if options.precision == "fp64" else 1
-    return Footprint(found.parameters, width * found.activations, width * found.carried)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1197,7 +912,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         status = 2 if isinstance(error, (ValueError, ImportError)) else 1
     except KeyboardInterrupt:
-        print("train.py: stopped at once, what was done since the last checkpoint is lost", file=sys.stderr, flush=True)
+        print("train.py: stopped at once; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
         status = 130
     except RuntimeError as error:
         if processes is None or processes.size == 1:

@@ -44,7 +44,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import sync
+from .files import sync, written_at_once
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -285,7 +285,7 @@ def save(
     content: dict[str, Json] = {
         "format": FORMAT,
         "step": step,
-        "metric": _encode(None if metric is None else float(metric), ("metric",), _Store()),
+        "metric": _encode_metric(metric),
         "files": {},
         "trees": {tree: structure for tree, (structure, _) in flat.items()},
         "metadata": _encode_metadata(metadata),
@@ -308,8 +308,7 @@ def _write(path: Path, content: dict[str, Json], trees: dict[str, dict[str, Tens
         for name, tensors in trees.items():
             file = temporary / f"{name}.safetensors"
             content["files"][file.name] = _write_tensors(file, tensors)
-        _write_manifest(temporary / MANIFEST, content)
-        sync(temporary)
+        _write_manifest(temporary / MANIFEST, content)  # and the folder's entries
         _set_aside(path)
         temporary.rename(path)
         sync(path.parent)
@@ -328,6 +327,10 @@ def _flatten_all(tensors: Mapping[str, Tree]) -> dict[str, tuple[Json, dict[str,
         except ValueError as error:
             raise ValueError(f"tensors[{name!r}]: {error}") from error
     return flat
+
+
+def _encode_metric(metric: float | None) -> Json:
+    return _encode(None if metric is None else float(metric), ("metric",), _Store())
 
 
 def _encode_metadata(metadata: dict[str, Any]) -> Json:
@@ -354,14 +357,19 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Json]:
     return {"size": path.stat().st_size, "sha256": _file_digest(path)}
 
 
+def amend(folder: StrPath, *, metadata: dict[str, Any], step: int, metric: float | None) -> None:
+    """Gives the checkpoint of a step other metadata and another metric, at once; its tensors stay."""
+    file = Path(folder) / _step_name(step) / MANIFEST
+    beside = {"metric": _encode_metric(metric), "metadata": _encode_metadata(metadata)}
+    _write_manifest(file, {**_read_content(file), **beside})
+
+
 def _write_manifest(path: Path, content: dict[str, Json]) -> None:
     data = json.dumps({"sha256": _content_digest(content), "content": content}, allow_nan=False, indent=1).encode()
     if len(data) > MAX_MANIFEST_BYTES:
         raise ValueError(f"metadata and structures take {len(data)} bytes of JSON, at most {MAX_MANIFEST_BYTES} may be")
-    with path.open("xb") as file:
+    with written_at_once(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _refuse_to_go_back(folder: Path, step: int) -> None:
@@ -457,7 +465,7 @@ def load_latest(
     only: Collection[str] | None = None,
     check: Callable[[Checkpoint], object] | None = None,
 ) -> Checkpoint:
-    """Loads the latest checkpoint that is intact and can be used. Others are passed over: logged, and in `skipped`.
+    """Loads the latest checkpoint that is intact and can be used. Others are passed over: `skipped` says why.
 
     Args:
         folder: where the run keeps its checkpoints.
@@ -481,8 +489,6 @@ def load_latest(
         except ValueError as error:
             skipped.append(str(error) if str(error).startswith(str(path)) else f"{path}: {error}")
         else:
-            for text in skipped:
-                logger.warning("passed over a damaged checkpoint: %s", text)
             return loaded._replace(skipped=tuple(skipped))
     if skipped:
         raise ValueError(f"no checkpoint in {folder} can be used: {'; '.join(skipped)}")
@@ -710,6 +716,14 @@ def set_rng_state(state: dict[str, Any], generators: Mapping[str, torch.Generato
         torch.cuda.set_rng_state(new.cuda)
     for name, generator in own.items():
         generator.set_state(new.generators[name])
+
+
+def seed_everything(*numbers: int) -> None:
+    """Other random numbers in every generator but those of the caller's own, for other numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 class RngState(NamedTuple):

@@ -55,6 +55,7 @@ __all__ = [
     "Tokenizer",
     "bits_per_byte",
     "build_corpus",
+    "choose",
     "download_enwik8",
     "find_enwik8",
     "load_source",
@@ -133,8 +134,11 @@ def load_source(data: str | Path, *, text_field: str = "text", progress: bool = 
         if path is None:
             raise ValueError(f"data: enwik8 is not in ./data and cannot be downloaded from {ENWIK8_URL}")
         data = path
-    readers = (reader for path in _list_files(str(data)) for reader in _readers(path, text_field))
-    source = _survey(readers, progress)
+    try:
+        readers = (reader for path in _list_files(str(data)) for reader in _readers(path, text_field))
+        source = _survey(readers, progress)
+    except OSError as error:
+        raise ValueError(f"data: cannot read {str(data)[:200]}: {error.strerror}: {error.filename}"[:400]) from error
     if not source.documents:
         raise ValueError(f"data: {data} holds only empty documents ({source.num_skipped})")
     return source
@@ -184,6 +188,14 @@ def download_enwik8(folder: str | Path = "data", *, timeout: float = 5.0, progre
     with written_at_once(path, shared=True) as file:
         file.write(unpacked)
     return path
+
+
+def choose() -> str:
+    """What to read where nobody says it: "enwik8" if it is in ./data or can be downloaded, else "stdlib"."""
+    if find_enwik8() or download_enwik8():
+        return "enwik8"
+    print("enwik8 is not in data/ and cannot be downloaded: the Python standard library's source is read instead")
+    return "stdlib"
 
 
 def _list_files(data: str) -> list[Path]:
@@ -489,6 +501,8 @@ def build_corpus(source: Source, tokenizer: Tokenizer, cache: str | Path, *, pro
     made_of = f"{_FORMAT}\n{source.sha256}\n{tokenizer.fingerprint}"
     fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
     path = Path(cache) / f"{fingerprint[:32]}.tokens"
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"cache: {cache} is no folder")
     if path.exists():
         try:
             return _open_cache(path, fingerprint)

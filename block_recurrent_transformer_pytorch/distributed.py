@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,11 +27,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
+from tqdm import tqdm
 
-from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, RecurrentTrainWrapper, States
+from .block_recurrent_transformer_pytorch import (
+    KV,
+    BlockRecurrentTransformer,
+    LayerMemory,
+    Memories,
+    RecurrentTrainWrapper,
+    States,
+)
 
 Value = TypeVar("Value")
 Carried = tuple[Memories, States]
+CARRIED_TYPES = (Memories, LayerMemory, KV, States)  # the classes in it, for a checkpoint
 
 PATIENCE = timedelta(hours=6)  # for what one process does while the others wait: tokenising, writing a checkpoint
 
@@ -73,6 +83,12 @@ class Processes:
         values: list[Any] = [None] * self.size if self.is_first else []
         dist.gather_object(value, values if self.is_first else None, dst=0, group=self.patient)
         return values
+
+    def say(self, text: str) -> None:
+        """Prints, between the lines of a progress bar, in the first process."""
+        if self.is_first:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def wait(self) -> None:
         """Returns when all processes have come here."""
@@ -129,6 +145,19 @@ def shard(model: BlockRecurrentTransformer, processes: Processes) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def exchanging(module: nn.Module, model: BlockRecurrentTransformer, is_last: bool) -> AbstractContextManager[Any]:
+    """Gradients are exchanged in the last backward pass of a step only. `module` is the model, or around it."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+    elif isinstance(module, DistributedDataParallel) and not is_last:
+        return module.no_sync()
+    return nullcontext()
+
+
 def replicate(module: nn.Module, model: BlockRecurrentTransformer, num_tokens: int) -> DistributedDataParallel:
     """DistributedDataParallel around a module that trains `model` on graphs of so many tokens.
 
@@ -153,9 +182,7 @@ def replicate(module: nn.Module, model: BlockRecurrentTransformer, num_tokens: i
 def full_state(module: nn.Module, processes: Processes) -> dict[str, Tensor]:
     """The state dict with whole tensors on the CPU of the first process; an empty dict elsewhere."""
     return {
-        name: kept
-        for name, tensor in module.state_dict().items()
-        if (kept := whole(tensor, processes)) is not None
+        name: kept for name, tensor in module.state_dict().items() if (kept := whole(tensor, processes)) is not None
     }
 
 
@@ -318,6 +345,42 @@ def split_rows(carried: Carried, sizes: Sequence[int]) -> list[Carried]:
         parts.append((_take(memories, rows), _take(states, rows)))
         start += size
     return parts
+
+
+def check_parts(parts: Any, model: BlockRecurrentTransformer, rows: int, count: int) -> None:
+    """Whether `deal` can take these, which may come from a file that is not trusted.
+
+    Raises:
+        ValueError: they are not memories and states of so many rows, as they are behind a segment of whole blocks.
+    """
+    if not (type(parts) is list and parts and all(type(part) is tuple and len(part) == 2 for part in parts)):
+        raise ValueError(f"what is carried is {str(parts)[:80]}, no list of memories and states")
+    if all(part == (None, None) for part in parts):
+        return
+    found = []
+    for part in parts:
+        memories, states = to_device(part, model.token_emb.weight.device)
+        found.append(len(memories.layers[0].block.k))
+        x = torch.zeros(found[-1], 1, dtype=torch.long, device=model.token_emb.weight.device)
+        model.check(x, memories, states, {}, None, None)
+        windows = [layer.window for layer in memories.layers if layer.window is not None]
+        if windows or states.views is not None or not type(memories.place) is type(memories.blocks) is int:
+            raise ValueError("memories or states hold what is not there at the end of a segment")
+        if memories.place != 0:
+            raise ValueError(f"memories stand at place {memories.place} of a block, a segment is whole blocks")
+    if sum(found) != rows or (len(parts) == count and len(set(found)) > 1):
+        raise ValueError(f"memories are of {found} rows, must be of {rows} in {len(parts)} equal parts")
+
+
+def deal(parts: list[Any], rows: int, count: int) -> list[Any]:
+    """The same rows in `count` equal parts: memories and states, or None and None where there are no more."""
+    if parts[0][0] is None:
+        return [(None, None)] * count
+    return parts if len(parts) == count else split_rows(join_rows(parts), [rows // count] * count)
+
+
+def to_device(carried: Any, device: torch.device | str) -> Any:
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, carried)
 
 
 def _take(carried: Value, rows: slice) -> Value:

@@ -14,15 +14,17 @@ from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Conf
 
 
 class Footprint(NamedTuple):
-    """Of a segment behind another, with weights in fp32."""
+    """Of a segment behind another."""
 
     parameters: int  # how many numbers
     activations: int  # bytes that the backward pass needs, beside the parameters
     carried: int  # bytes of memories and states
 
 
-def footprint(config: Config, rows: int, segment: int, device: str = "cpu") -> Footprint:
-    """The footprint of `rows` segments of so many tokens: kernels of `device`, under the autocast in force."""
+def footprint(
+    config: Config, rows: int, segment: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Footprint:
+    """Of `rows` segments of so many tokens: kernels of `device`, weights of `dtype`, under the autocast in force."""
     kept: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -41,4 +43,6 @@ def footprint(config: Config, rows: int, segment: int, device: str = "cpu") -> F
         activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
         del held
     carried = sum(leaf.nbytes for leaf in tree_leaves((memories, states)) if isinstance(leaf, Tensor))
-    return Footprint(sum(parameter.numel() for parameter in model.parameters()), activations, carried)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    wider = dtype.itemsize // torch.float32.itemsize
+    return Footprint(parameters, wider * activations, wider * carried)

@@ -79,6 +79,12 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def last(folder: Path, name: str) -> float:
+    """The last value of this name in metrics.jsonl; NaN if there is none, or it was not finite."""
+    values = [line[name] for line in read_lines(folder) if name in line]
+    return math.nan if not values or values[-1] is None else float(values[-1])
+
+
 def draw_curve(folder: Path) -> None:
     """curve.png from metrics.jsonl: training and validation bits per byte over the steps. Needs matplotlib."""
     try:

@@ -350,7 +350,36 @@ class LossScale:
             self.value *= 2
 
 
-# 4 what an optimizer remembers
+# 4 a step, and what an optimizer remembers
+
+
+def step(optimizer: Optimizer, *, lr: float, clip: float, scale: LossScale) -> tuple[float, bool]:
+    """Moves the parameters, unless the gradient is not finite, and forgets the gradients.
+
+    Args:
+        optimizer: its parameters have the gradients of a loss that was multiplied by `scale.value`.
+        lr: the rate of this step.
+        clip: largest norm of the gradient; 0: any.
+        scale: learns whether the gradient was finite.
+
+    Returns:
+        The norm of the gradient before clipping, and whether it was finite.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = nn.utils.get_total_norm(gradients)
+    norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total) / scale.value
+    finite = math.isfinite(norm)
+    if finite:
+        factor = (min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / scale.value
+        if factor != 1:
+            torch._foreach_mul_(gradients, factor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    scale.update(finite)
+    return norm, finite
 
 
 def state_after_a_step(

@@ -7,7 +7,7 @@ gradients of what the segment had received to the segment before. About 4/3 of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .block_recurrent_transformer_pytorch import Memories, RecurrentTrainWrapper, States, detach, without_windows
 
+Step = Callable[[Any, Memories | None, States | None], tuple[Tensor, Memories, States]]
+
 
 class Kept(NamedTuple):
     """What a segment is computed anew from."""
 
-    part: Tensor  # its tokens
-    targets: Tensor  # how many its targets are
+    segment: Any
     carried: tuple[Memories | None, States | None]  # what it received
-    drops: tuple[Tensor | None, Tensor | None]
     random: Random
 
 
@@ -50,33 +50,57 @@ def replay_backward(
     Returns:
         The mean loss in nats over all targets of x, detached; memories and states after the last token, detached.
     """
-    kept: list[Kept] = []
     parts = list(wrapper.parts(x))
-    shelf = Shelf(len(parts) - 1)
-    memories, carried = xl_memories or None, states or None
+    segments = ((number, *part, wrapper.drops(part[0])) for number, part in enumerate(parts))
+
+    def step(segment: Any, memories: Memories | None, states: States | None) -> tuple[Tensor, Memories, States]:
+        number, part, count, total, drops = segment
+        loss, memories, states = wrapper.step(part, memories, states, None if number else reset, drops)
+        return loss * count / total, memories, states
+
+    carried = (xl_memories or None, states or None)
+    return replay_segments(step, segments, len(parts), carried, device=x.device, scale=scale, no_sync=no_sync)
+
+
+def replay_segments(
+    step: Step,
+    segments: Iterable[Any],
+    count: int,
+    carried: tuple[Memories | None, States | None],
+    *,
+    device: torch.device,
+    scale: float | Tensor = 1.0,
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Tensor, Memories, States]:
+    """`replay_backward` of the sum of what `step(segment, memories, states)` gives as the loss of each segment.
+
+    `step` is called twice for each of the `count` segments, and draws from torch's default generators alone.
+    """
+    kept: list[Kept] = []
+    shelf = Shelf(count - 1)
     losses: list[Tensor] = []
+    memories, states = carried
     with torch.no_grad():
-        for number, (part, count, total) in enumerate(parts):
-            if memories is not None and carried is not None and number > 0:
-                memories, carried = shelf.put(number - 1, (without_windows(memories), carried))
-            kept.append(Kept(part, count, (memories, carried), wrapper.drops(part), Random.now(x.device)))
-            loss, memories, carried = wrapper.step(part, memories, carried, None if losses else reset, kept[-1].drops)
-            losses.append(loss * count / total)
-    assert memories is not None and carried is not None
-    after = detach(without_windows(memories)), detach(carried)
-    now = Random.now(x.device)
+        for number, segment in enumerate(segments):
+            if memories is not None and states is not None and number > 0:
+                memories, states = shelf.put(number - 1, (without_windows(memories), states))
+            kept.append(Kept(segment, (memories, states), Random.now(device)))
+            loss, memories, states = step(segment, memories, states)
+            losses.append(loss)
+    assert memories is not None and states is not None
+    after = detach(without_windows(memories)), detach(states)
+    now = Random.now(device)
 
     gradients: list[Tensor | None] = []
     while kept:
-        segment = kept.pop()
+        again = kept.pop()
         is_first = not kept
-        given, structure = tree_flatten(segment.carried)
+        given, structure = tree_flatten(again.carried)
         received = given if is_first else [leaf.detach().requires_grad_() if travels(leaf) else leaf for leaf in given]
-        segment.random.restore()
+        again.random.restore()
         with nullcontext() if is_first else no_sync():
-            before: tuple[Memories | None, States | None] = tree_unflatten(received, structure)
-            loss, *left = wrapper.step(segment.part, *before, reset if is_first else None, segment.drops)
-            heads = [(loss, torch.ones_like(loss) * scale * segment.targets / total)]
+            loss, *left = step(again.segment, *tree_unflatten(received, structure))
+            heads = [(loss, torch.ones_like(loss) * scale)]
             heads += [(leaf, g) for leaf, g in zip(tree_flatten(tuple(left))[0], gradients) if g is not None]
             heads = [(leaf, g) for leaf, g in heads if leaf.requires_grad]
             torch.autograd.backward([leaf for leaf, _ in heads], [g for _, g in heads])

@@ -26,6 +26,7 @@ from block_recurrent_transformer_pytorch import checkpoint as room
 from block_recurrent_transformer_pytorch import files
 from block_recurrent_transformer_pytorch.checkpoint import (
     DamagedCheckpoint,
+    amend,
     best,
     checkpoints,
     flatten,
@@ -390,16 +391,30 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, damage):
     write(tmp_path, 1)
     path = write(tmp_path, 2)
     DAMAGES[damage](path)
     loaded = read(tmp_path)
     assert loaded.step == 1
     assert len(loaded.skipped) == 1 and str(path) in loaded.skipped[0]
-    assert str(path) in caplog.text
     with pytest.raises(DamagedCheckpoint, match="step-00000002"):
         load(path, types=(KV, Layer))
+
+
+def test_other_metadata_and_metric_replace_those_of_a_checkpoint_at_once(tmp_path, monkeypatch):
+    write(tmp_path, 1, metric=2.0)
+    path = write(tmp_path, 2)
+    before = read(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            amend(tmp_path, metadata={"told": None}, step=2, metric=1.0)
+    assert read(tmp_path).metadata == before.metadata
+    amend(tmp_path, metadata={"told": None}, step=2, metric=1.0)
+    after = read(tmp_path)
+    assert (after.metadata, after.metric, best(tmp_path)) == ({"told": None}, 1.0, path)
+    assert same(after.tensors, before.tensors)
 
 
 def test_every_flipped_bit_of_the_json_is_found(tmp_path):
@@ -597,7 +612,8 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     assert told == [
         ("sync", "model.safetensors", sizes["model.safetensors"]),
         ("sync", "memories.safetensors", sizes["memories.safetensors"]),
-        ("sync", "checkpoint.json", sizes["checkpoint.json"]),
+        ("sync", "checkpoint.json.tmp", sizes["checkpoint.json"]),
+        ("rename", "checkpoint.json.tmp", "checkpoint.json"),
         ("sync", ".tmp-step-00000002", sorted(sizes)),  # the folder's entries
         ("rename", ".tmp-step-00000002", "step-00000002"),
         ("sync", tmp_path.name, ["step-00000001", "step-00000002"]),

@@ -179,13 +179,15 @@ def test_a_dry_run_counts_the_activations_that_there_are(flags):
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     real = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
     del held
-    assert train.measure(options, config, 4)[1] == pytest.approx(real, rel=0.05)
+    with train.autocast(options):
+        found = train.footprint(config, 4, options.segment, dtype=train.weight_type(options))
+    assert found.activations == pytest.approx(real, rel=0.05)
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path):
     status, text = run("a", "--dry-run")
     assert status == 0 and not (tmp_path / "a").exists()
-    assert all(word in text for word in ("parameters: ", "tokens: ", "memory of activations: ", "6 steps"))
+    assert all(word in text for word in ("parameters: ", "tokens: ", "memory of activations, in ", "6 steps"))
 
 
 # ------------------------------------------------------------------------------------------------- stop and go on
@@ -215,6 +217,55 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
+def interrupt_validation_of(monkeypatch, step):
+    """Ctrl-C before the second batch of the validation behind this step of the next run."""
+    whole, batches = train.leave_if_stopped, []
+
+    def interrupted(run):
+        batches.extend([1] if run.told and run.step == step else [])
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        whole(run)
+
+    monkeypatch.setattr(train, "leave_if_stopped", interrupted)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_validation_that_was_interrupted_is_done_again(run, tmp_path, monkeypatch, step):
+    flags = ["--memory-dropout", "0.3", "--set", "ff_dropout=0.2", "--keep", "1"]
+    run("whole", *flags)
+    for resume in ((), ("--resume",)):  # the second one too
+        with monkeypatch.context() as patch:
+            interrupt_validation_of(patch, step)
+            status, text = run("cut", *flags, *resume)
+        assert status == 130 and f"stopped after step {step} of 6" in text
+        assert [line["step"] for line in metrics(tmp_path / "cut")] == list(range(1, step))
+        assert checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")[-1].name == f"step-0000000{step}"
+    assert run("cut", *flags, "--resume")[0] == 0
+    same_bytes(tmp_path / "whole", tmp_path / "cut")
+    best = [checkpoint.best(tmp_path / name / "checkpoints").name for name in ("whole", "cut")]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, "stopped after step 3 of 6"), (2.0, "stopped at once")])
+def test_a_second_signal_ends_a_run_at_once_unless_it_is_the_same_again(run, tmp_path, monkeypatch, seconds, said):
+    """A scheduler signals all processes, and torchrun passes on what it gets."""
+    whole, clock = train.leave_if_stopped, train.time.monotonic
+
+    def interrupted(run):
+        if run.step == 3 and not run.told and not run.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(train.time, "monotonic", lambda: clock() + seconds)
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole(run)
+
+    monkeypatch.setattr(train, "leave_if_stopped", interrupted)
+    status, text = run("a")
+    assert said in text and status == (143 if seconds == 0 else 130)
+    last = checkpoint.checkpoints(tmp_path / "a" / "checkpoints")[-1]
+    assert last.name == ("step-00000003" if seconds == 0 else "step-00000002")
+
+
 def test_without_a_checkpoint_a_run_begins_anew(run, tmp_path):
     run("whole")
     (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
@@ -231,6 +282,9 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_log(run, tmp_path):
     before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
     status, text = run("a", "--resume")
     assert status == 2 and f"--resume {tmp_path / 'a'}: its checkpoints/ is missing" in text
+    (tmp_path / "a" / "checkpoints").write_text("no folder")
+    status, text = run("a", "--resume")
+    assert status == 2 and "its checkpoints/ is missing" in text
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
 
 
@@ -242,13 +296,14 @@ def test_a_folder_of_something_else_is_no_run(run, tmp_path):
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mother.txt"]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, tmp_path):
+def test_a_damaged_checkpoint_is_named_once_and_the_one_before_used(run, tmp_path, caplog):
     run("whole")
     run("cut", "--steps", "6")
     last = tmp_path / "cut" / "checkpoints" / "step-00000006" / "model.safetensors"
     last.write_bytes(last.read_bytes()[:-7])
     status, text = run("cut", "--resume")
-    assert status == 0 and "damaged" in text and str(last) in text and "after step 4" in text
+    assert status == 0 and "damaged" in text and text.count(str(last)) == 1 and "after step 4" in text
+    assert str(last) not in caplog.text  # which the terminal would show as well
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -279,7 +334,8 @@ FORGED = {  # of a checkpoint whose digests are right: where, what, and what is 
     "no metadata": ("metadata", {}, "stream is None"),
     "a model without sizes": ("metadata/model_config", {}, "model_config"),
     "a model of words": ("metadata/model_config/dim", "wide", "dim"),
-    "a larger model": ("metadata/model_config/dim", 32, "other sizes"),
+    "a larger model": ("metadata/model_config/dim", 32, "options than those given now: dim=16 instead of 32"),
+    "a depth of words": ("metadata/model_config/depth", "deep", "depth=2 instead of deep"),
     "an unknown option": ("metadata/model_config/colour", 3, "colour"),
     "no stream": ("metadata/stream", None, "stream is None"),
     "another batch": ("metadata/stream/batch", 3, "--batch 4"),
@@ -295,6 +351,7 @@ FORGED = {  # of a checkpoint whose digests are right: where, what, and what is 
     "a loss scale of nothing": ("metadata/loss_scale", [0.0, 0], "loss_scale and skipped"),
     "nothing skipped": ("metadata/skipped", None, "skipped is None"),
     "more skipped than done": ("metadata/skipped", [9, 9], "loss_scale and skipped"),
+    "a step of words": ("metadata/told", {"step": 4, "loss": "low"}, "told is {'step': 4"),
     "another optimizer": ("metadata/optimizer", "adafactor", "--optimizer adamw"),
     "no model": ("trees/model", {}, "token_emb.weight"),
     "numbers for tensors": ("trees/model/norm.weight", 3, "norm.weight is a int"),
@@ -541,10 +598,9 @@ def test_tokenizer(run, tmp_path, documents):
 def test_automatic_data_says_so(monkeypatch, capsys):
     monkeypatch.setattr(train.data, "find_enwik8", lambda: None)
     monkeypatch.setattr(train.data, "download_enwik8", lambda: None)
-    alone = train.Processes(0, 1, torch.device("cpu"))
-    assert train.choose_data(alone) == "stdlib" and "enwik8 is not in data/" in capsys.readouterr().out
+    assert train.data.choose() == "stdlib" and "enwik8 is not in data/" in capsys.readouterr().out
     monkeypatch.setattr(train.data, "find_enwik8", lambda: Path("data/enwik8.gz"))
-    assert train.choose_data(alone) == "enwik8"
+    assert train.data.choose() == "enwik8"
 
 
 def test_options_come_from_presets_files_and_flags(tmp_path):
@@ -589,7 +645,12 @@ REFUSED = {
     "--resume nowhere": "--resume nowhere",
     "--optimizer sgd": "--optimizer",
     "--device nothing": "nothing",
-    "--seed 9223372036854775808": "--seed",
+    "--seed 9223372036854775808": "--seed: 9223372036854775808 must be below 2^63",
+    "--batch 9223372036854775807": "--batch 9223372036854775807 is more than the",
+    "--dim 4611686018427387904": "--dim 4611686018427387904 --depth 2 --set {",
+    "--set ff_dim=99999999999999999999": "'ff_dim': 99999999999999999999}: the model cannot be built",
+    f"--cache {__file__}": f"cache: {__file__} is no folder",
+    f"--data {'x' * 300}": f"data: cannot read {'x' * 200}: File name too long",
     "--resume . --out elsewhere": "--resume .: the run goes on in its folder",
     f"--out {__file__}": f"--out {__file__} is no folder",
 }
@@ -644,7 +705,7 @@ def test_a_run_never_overwrites_another(run, tmp_path):
     before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
     status, text = run("a")
     assert status == 2 and "is not empty" in text and "--resume" in text
-    with train.locked(tmp_path / "a", train.Processes(0, 1, torch.device("cpu"))):
+    with train.runs.locked(tmp_path / "a", train.Processes(0, 1, torch.device("cpu"))):
         status, text = run("a", "--resume")
     assert status == 2 and "in use" in text
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
@@ -830,6 +891,9 @@ def test_evaluation_names_a_forged_checkpoint(run, tmp_path, capsys):
     assert "passed over a damaged checkpoint" in capsys.readouterr().out
     assert evaluate.main([str(tmp_path / "a"), "--checkpoint", "best"]) == 2
     assert "step-00000006 is not as train.py writes it" in capsys.readouterr().err
+    forge(tmp_path / "a", lambda content: content["metadata"]["model_config"].update(dim=16, depth=10**6))
+    assert evaluate.main([str(tmp_path / "a"), "--checkpoint", "best"]) == 2
+    assert "depth=1000000 layers in 33 tensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["--documents -1", "--rows 0", "--threads 0", "--device nothing"])

@@ -268,6 +268,39 @@ def test_several_processes_go_on_to_the_same_bytes(command, tmp_path):
     same_bytes(tmp_path / "whole", tmp_path / "cut")
 
 
+def stop_one(validating):
+    """A signal reaches the second process alone, within step 6 or its validation."""
+    whole = train.leave_if_stopped
+
+    def stopping(run):
+        if run.processes.rank and run.step == 5 + validating and bool(run.told) == validating and not run.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole(run)
+
+    train.leave_if_stopped = stopping
+
+
+STOPS = {
+    "ddp in a step": "--parallel ddp --accumulate 2 --bptt 2 --step-segments 4",
+    "ddp in a validation": "--parallel ddp",
+    "fsdp in a step": "--parallel fsdp --bptt replay --step-segments 3",
+    "fsdp in a validation": f"--parallel fsdp --set use_compressed_mem=true {DROPS}",
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_several_processes_stop_at_the_same_place_and_go_on_to_the_same_bytes(command, tmp_path, name):
+    flags, validating = [*STOPS[name].split(), "--set", "ff_dropout=0.2"], name.endswith("validation")
+    done(command(tmp_path / "whole", *flags), processes=2)
+    output, *started = begin(command(tmp_path / "cut", *flags), processes=2, prelude=partial(stop_one, validating))
+    for process in started:
+        process.join(ENOUGH)
+    assert [process.exitcode for process in started] == [128 + signal.SIGINT, 128 + signal.SIGTERM], output.read_text()
+    assert f"stopped after step {5 + validating} of 12" in output.read_text() and len(losses(tmp_path / "cut")) == 5
+    done(command(tmp_path / "cut", *flags, "--resume"), processes=2)
+    same_bytes(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_process_that_dies_ends_the_others(command, tmp_path):
     words = command(tmp_path / "run", "--steps", "100000", "--valid-every", "100000")
     running = torchrun(words, processes=2)

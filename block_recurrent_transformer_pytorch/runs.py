@@ -1,0 +1,74 @@
+"""The folder of a run: never that of another, written to by one run at a time, and what made it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import __version__, files
+from .distributed import Processes
+
+
+def make_folder(out: str | None, preset: str, resume: bool, processes: Processes) -> Path:
+    """The folder of the run, made by the first process; without `out` one of runs/ named by the preset and the time.
+
+    Raises:
+        ValueError: a new run would go into the folder of another, or there is none to resume.
+    """
+    if out is None:
+        name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        taken = (Path("runs") / name, *(Path("runs") / f"{name}-{number}" for number in range(2, 1000)))
+        out = processes.share(next(str(path) for path in taken if not path.exists()))
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is no folder")
+    names = processes.share({path.name for path in folder.iterdir()} if folder.exists() else set())
+    if names and not resume:
+        raise ValueError(f"--out {folder} is not empty; --resume goes on with the run in it")
+    if names - {"lock", "config.json.tmp"} and "config.json" not in names:
+        raise ValueError(f"--resume {folder}: there are files, but no run: it has no config.json")
+    if "metrics.jsonl" in names and not (folder / "checkpoints").is_dir():
+        raise ValueError(f"--resume {folder}: its checkpoints/ is missing, and to begin anew would lose its "
+                         "metrics.jsonl: put the one back, or the other away")  # fmt: skip
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path, processes: Processes) -> Iterator[None]:
+    """Only one run at a time writes to a folder. The lock goes with the process, however it ends."""
+    if not processes.is_first:
+        yield
+        return
+    try:
+        with files.locked(folder / "lock"):
+            yield
+    except BlockingIOError as error:
+        raise ValueError(f"--out {folder} is in use by a run that has not ended") from error
+
+
+def versions() -> dict[str, str]:
+    return {
+        "block_recurrent_transformer_pytorch": __version__, "torch": str(torch.__version__), "numpy": np.__version__,
+        "python": platform.python_version(), "platform": platform.platform(),
+    }  # fmt: skip
+
+
+def commit(folder: Path) -> str | None:
+    """The git commit of a folder, with "+" if files were changed since."""
+    try:
+        found, changed = (
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found + ("+" if changed else "")
