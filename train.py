@@ -196,21 +196,13 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.optimizer == "adafactor" and options.parallel == "fsdp" and "WORLD_SIZE" in os.environ:
         parser.error("--optimizer adafactor needs whole parameters, --parallel fsdp splits them: use adamw, or ddp")
     if options.precision == "auto":
-        options.precision = "bf16" if multiplies_bf16(options.device) else "fp32"
+        options.precision = "bf16" if optim.multiplies_bf16(options.device) else "fp32"
     if wrong := sorted(flags.SET_BY_FLAGS & set(options.set)):
         parser.error(f"--set {wrong[0]}: there is a flag for this, or it follows from the data")
     try:
         model_config(options, num_tokens=256)
     except ValueError as error:
         parser.error(str(error))
-
-
-def multiplies_bf16(device: str) -> bool:
-    """Whether matrix products are faster in bf16: a GPU that has it, a CPU with AMX or AVX512-BF16."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in questions)
 
 
 # ------------------------------------------------------------------------------------------------------------- 2 a run
@@ -286,10 +278,6 @@ def model_config(options: argparse.Namespace, num_tokens: int) -> Config:
         raise ValueError(f"--set: {str(error).partition('parameter ')[2] or error}") from error
 
 
-def weight_type(options: argparse.Namespace) -> torch.dtype:
-    return torch.float64 if options.precision == "fp64" else torch.float32
-
-
 def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if options.optimizer == "adafactor":
         return optim.Adafactor([{"params": group["params"]} for group in groups], lr=options.lr)
@@ -302,7 +290,7 @@ def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
     torch.manual_seed(options.seed)  # the same weights in all processes
     config = model_config(options, train.num_tokens)
     try:
-        model = BlockRecurrentTransformer(config).to(device=processes.device, dtype=weight_type(options))
+        model = BlockRecurrentTransformer(config).to(processes.device, optim.weight_type(options.precision))
     except (RuntimeError, TypeError) as error:  # no memory, or a size beyond 64 bits
         sizes = f"--dim {options.dim} --depth {options.depth} --set {options.set}"
         raise ValueError(f"{sizes}: the model cannot be built: {str(error).splitlines()[0]}") from error
@@ -369,8 +357,7 @@ class Segments(nn.Module):
 
 def autocast(options: argparse.Namespace) -> AbstractContextManager[Any]:
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    kind = torch.device(options.device).type
-    return torch.autocast(kind, types[options.precision]) if options.precision in types else nullcontext()
+    return torch.autocast(options.device, types[options.precision]) if options.precision in types else nullcontext()
 
 
 def to_segments(run: Run, batches: list[data.Batch], drops: list[tuple[Tensor, Tensor]], part: slice) -> list[Segment]:
@@ -684,16 +671,7 @@ def check_metadata(run: Run, saved: checkpoint.Checkpoint) -> None:
             pass
         case found:
             raise ValueError(f"loss_scale and skipped are {str(found)[:80]}")
-    match metadata.get("told"):
-        case None:
-            pass
-        case {
-            "step": saved.step, "loss": float(), "bits_per_byte": float(), "targets": int(targets), "lr": float(),
-            "grad_norm": float() | None, "skipped": int(), "epoch": int(), **rest,
-        } if not rest and 0 < targets < 2**53:  # fmt: skip
-            pass
-        case found:
-            raise ValueError(f"told is {str(found)[:80]}")
+    metrics.check(metadata.get("told"), saved.step)
     for state in metadata["rng"]:
         checkpoint.read_rng_state(state, {"memory": run.generator})
 
@@ -780,7 +758,7 @@ def loop(run: Run, log: metrics.Log) -> bool:
             valid = look(run)
             told, run.told = run.told, None
             log.write(told if valid is None else {**told, "valid_bits_per_byte": valid}, seconds)
-            show(bar, told, seconds)
+            metrics.show(bar, told, seconds)
             if run.step == saved or run.step % options.checkpoint_every == 0:
                 log.sync()
                 saved = run.step if save(run, valid, amend=run.step == saved) else saved
@@ -807,15 +785,6 @@ def look(run: Run) -> float | None:
     return valid
 
 
-def show(bar: Any, told: dict[str, Any], seconds: float) -> None:
-    shown = {"loss": f"{told['loss']:.3f}", "bits/byte": f"{told['bits_per_byte']:.3f}",
-             "tokens/s": f"{told['targets'] / seconds:,.0f}"}  # fmt: skip
-    if told["skipped"]:
-        shown["skipped"] = str(told["skipped"])
-    bar.set_postfix(shown, refresh=False)
-    bar.update()
-
-
 @contextmanager
 def listening(run: Run) -> Iterator[None]:
     """Ctrl-C and SIGTERM stop the run; once more, and it ends at once, without a checkpoint.
@@ -827,8 +796,8 @@ def listening(run: Run) -> Iterator[None]:
         run.stop.append((number, time.monotonic()))
         if run.stop[-1][1] - run.stop[0][1] > 1:
             raise KeyboardInterrupt
-        if len(run.stop) == 1:
-            run.processes.say("stopping (once more: at once)")
+        if len(run.stop) == 1 and run.processes.is_first:  # print may be at work, and takes no second call
+            os.write(2, b"\nstopping (once more: at once)\n")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -874,7 +843,7 @@ def dry_run(options: argparse.Namespace, processes: Processes) -> int:
     """Prints what a run would be: sizes, parameters, tokens, memory."""
     train, valid, _ = load_data(options, processes)
     config = model_config(options, train.num_tokens)
-    rows, dtype = options.batch // (processes.size * options.accumulate), weight_type(options)
+    rows, dtype = options.batch // (processes.size * options.accumulate), optim.weight_type(options.precision)
     with autocast(options):
         parameters, activations, carried = footprint(config, rows, options.segment, options.device, dtype)
     tokens = options.batch * options.segment * options.step_segments

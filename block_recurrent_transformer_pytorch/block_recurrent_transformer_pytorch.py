@@ -33,7 +33,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from types import MappingProxyType
@@ -66,7 +66,8 @@ else:  # None may be given, and is replaced by what it stands for
 class Config:
     """Sizes and options of a model. Frozen; `asdict` of it is its config.json, `Config.from_dict` reads that back.
 
-    The defaults are those of block-recurrent-transformer-pytorch 0.4.4. Layers are numbered from 1.
+    The defaults are those of block-recurrent-transformer-pytorch 0.4.4. Layers are numbered from 1. None is replaced by
+    what follows from other sizes: `dataclasses.replace(config, depth=12, xl_layers=None)` derives it anew.
 
     Raises:
         ValueError: a number out of range, or two options that cannot go together; the message names them.
@@ -340,7 +341,9 @@ def forget_rows(memories: Memories, rows: Tensor) -> Memories:
     if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype != torch.bool:
         raise ValueError(f"rows must be ({batch},) bool, one for each row of the memories, not {describe(rows)}")
     layers = tuple(
-        LayerMemory(zero_rows(layer.xl, rows), layer.block, layer.compressed and zero_rows(layer.compressed, rows))
+        layer._replace(
+            xl=zero_rows(layer.xl, rows), compressed=layer.compressed and zero_rows(layer.compressed, rows), window=None
+        )
         for layer in memories.layers
     )
     if memories.blocks == 0 and memories.ahead is None:
@@ -349,9 +352,14 @@ def forget_rows(memories: Memories, rows: Tensor) -> Memories:
     return memories._replace(layers=layers, blocks=0, ahead=torch.where(rows, 0, held))
 
 
-def without_windows(memories: Memories) -> Memories:
-    """The same memories, without what follows from the rest of them."""
-    return memories._replace(layers=tuple(layer._replace(window=None) for layer in memories.layers))
+def without_prepared(memories: Memories, states: States) -> tuple[Memories, States]:
+    """The same values, without what decoding keeps ready of them: windows and views.
+
+    These follow from the rest. Where gradients are wanted they are computed anew: what made them gets its gradient
+    through a graph, and would lose it wherever carried values are detached.
+    """
+    layers = tuple(layer._replace(window=None) for layer in memories.layers)
+    return memories._replace(layers=layers), states._replace(views=None)
 
 
 def per_row(rows: Tensor, like: Tensor) -> Tensor:
@@ -374,6 +382,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    has_any = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_any else nullcontext()
+
+
+RECOMPUTED_FROM = 2**18  # numbers of the largest input from which it is worth the calls
+
+
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None, draws: bool = False) -> Tensor:
     """function(*inputs), of which the backward pass keeps the inputs alone.
 
@@ -383,6 +399,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None, draws: b
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function(*inputs)  # a compiler chooses itself what to keep; torch.func goes without such hooks
+    if max(x.numel() for x in inputs if x is not None) < RECOMPUTED_FROM:
+        return function(*inputs)
     result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return result
 
@@ -408,7 +426,10 @@ class HeadsNorm(nn.Module):
         return k
 
     def view(self, k: Tensor) -> Tensor:
-        """The keys of states, normalised without gains, for all the attentions that will read them."""
+        """The keys of states, normalised without gains, for all the attentions that will read them.
+
+        With k a unit key and g its gains, q . (k g) = (q g) . k: each reader has the gains in its queries.
+        """
         return self.store(k)
 
     def gain(self, heads: int, of_views: bool = False) -> Tensor | None:
@@ -504,7 +525,7 @@ class HeadNorm(HeadsNorm):
         self.head_scale = nn.Parameter(torch.ones(config.heads))
 
     def store(self, k: Tensor) -> Tensor:
-        return k * (k.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+        return k * (at_least_fp32(k).square().sum(-1, keepdim=True) + 1e-6).rsqrt().to(k.dtype)
 
     def gain(self, heads: int, of_views: bool = False) -> Tensor:
         return self.head_scale.abs().view(-1, 1, 1)
@@ -660,7 +681,11 @@ class XPos(nn.Module):
 
     def reset_tables(self, like: Tensor | None = None) -> None:
         """Computes the tables anew, on the device and for the type of `like`, or that the buffer has now."""
-        like = self.tables if like is None else like
+        with torch.inference_mode(False):  # the tables are made there, too, as tensors that training may save
+            self.tables = self.computed_tables(self.tables if like is None else like)
+
+    def computed_tables(self, like: Tensor) -> Tensor:
+        """(4, low + high, e): cosine and sine for queries, and for keys."""
         device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         even = torch.arange(0, self.dim_head, 2, device=device, dtype=torch.float32)
         frequency = 1.0 / (10000.0 ** (even / self.dim_head))  # fp32 in every model, so that all agree on them
@@ -669,7 +694,7 @@ class XPos(nn.Module):
         angle, decay = position * frequency.to(dtype), zeta.to(dtype) ** (position / self.SCALE_BASE)
         cos, sin = (torch.cat(halves, dim=-1) for halves in ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin())))
         decay = torch.cat((decay, decay), dim=-1)
-        self.tables = torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])  # (4, low + high, e)
+        return torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])
 
     def _apply(self, fn: Any, recurse: bool = True) -> XPos:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -732,9 +757,13 @@ class DynamicBias(nn.Module):
 
     def forward(self, distance: Tensor) -> Tensor:
         """Distances (j,) -> bias (h, j)."""
-        steps = distance.clamp(min=0).to(self.to_hidden.weight.dtype)[:, None]
-        bias: Tensor = self.mlp(self.to_hidden(torch.log1p(steps) if self.use_log else steps / self.unit))
-        return bias.t()
+        steps = distance.clamp(min=0).to(torch.promote_types(self.to_hidden.weight.dtype, torch.float32))[:, None]
+        with without_autocast(distance.device.type):  # bf16 tells 256 distances apart, and no more
+            x = torch.log1p(steps) if self.use_log else steps / self.unit
+            for layer in (self.to_hidden, *self.mlp):
+                is_map = isinstance(layer, nn.Linear)
+                x = F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype)) if is_map else layer(x)
+        return x.t()
 
 
 POSITION_BIASES = {"t5": T5Bias, "dynamic": DynamicBias}
@@ -889,16 +918,16 @@ def remember(
     filled: the block being filled, or whole blocks. stream, queue: [xl ; blocks that are complete now] and
     [compressed ; what they push out of the XL memory, compressed], or None where no block is complete.
     """
-    if stream is None:  # a window with a graph would end the gradients of what made it wherever it is detached
+    if stream is None:
         return memory._replace(block=filled, window=None if torch.is_grad_enabled() else window)
     xl, block = newest(stream, memory.xl), KV(*(zeros(x, *x.shape) for x in memory.block))
     compressed = None if queue is None or memory.compressed is None else newest(queue, memory.compressed)
-    if isinstance(piece.complete, bool):
-        return LayerMemory(xl, block, compressed)
-    rows = piece.complete
-    if compressed is not None and memory.compressed is not None:
-        compressed = choose_rows(rows, compressed, memory.compressed)
-    return LayerMemory(choose_rows(rows, xl, memory.xl), choose_rows(rows, block, filled), compressed)
+    if isinstance(piece.complete, Tensor):
+        rows = piece.complete
+        xl, block = choose_rows(rows, xl, memory.xl), choose_rows(rows, block, filled)
+        if compressed is not None and memory.compressed is not None:
+            compressed = choose_rows(rows, compressed, memory.compressed)
+    return memory._replace(xl=xl, block=block, compressed=compressed, window=None)
 
 
 def zeros(like: Tensor, *shape: int) -> Tensor:
@@ -940,7 +969,7 @@ class FixedGate(nn.Module):
         nn.init.normal_(self.keep, std=0.1)
 
     def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
-        return torch.lerp(z.to(old.dtype), old, self.keep.to(old.dtype).sigmoid())
+        return torch.lerp(old, z.to(old.dtype), (-self.keep.to(old.dtype)).sigmoid())  # 1 - g, however small
 
 
 class FullGate(nn.Module):
@@ -951,8 +980,8 @@ class FullGate(nn.Module):
         self.to_keep = GateLinear(dim_source, dim)
 
     def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
-        keep: Tensor = (self.to_keep(source).to(old.dtype) + 1).sigmoid()
-        return torch.lerp(z.to(old.dtype), old, keep)
+        write: Tensor = (-1 - self.to_keep(source).to(old.dtype)).sigmoid()  # 1 - g
+        return torch.lerp(old, z.to(old.dtype), write)
 
 
 class LSTMGate(nn.Module):
@@ -1567,6 +1596,8 @@ class BlockRecurrentTransformer(nn.Module):
         batch, n = x.shape
         memories = xl_memories or self.init_memories(batch)
         states = states or self.init_states(batch)
+        if torch.is_grad_enabled():
+            memories, states = without_prepared(memories, states)
         memories, states = self.reset_rows(memories, states, reset, reset_states)
         pieces, (place, blocks, ahead) = self.pieces(n, memories, lengths)
         if overwrite:
@@ -1611,7 +1642,8 @@ class BlockRecurrentTransformer(nn.Module):
                 part = self.run_stage(stage, part, layers, state, view, seen, piece, patterns)
             read.append(part)
         hidden = read[0] if len(read) == 1 else torch.cat([x[:, :0], *read], dim=1)
-        views = tuple(view[cell] for cell in self.cells) if len(view) == len(self.cells) else None
+        keep = len(view) == len(self.cells) and not torch.is_grad_enabled()
+        views = tuple(view[cell] for cell in self.cells) if keep else None
         return hidden, tuple(layers), States(tuple(state[cell] for cell in self.cells), views)
 
     def run_stage(
@@ -1875,7 +1907,8 @@ class BlockRecurrentTransformer(nn.Module):
         sampler: Sampler, stops: tuple[int, ...], pad_token: int, repeats: int, generator: torch.Generator | None,
     ) -> Generator[Tensor, None, tuple[Memories, States]]:  # fmt: skip
         """The loop of `stream`: read, choose, yield. Rows that have ended read nothing more."""
-        with evaluating(self):
+        modules = list(self.modules())
+        with evaluating(modules):
             logits, memories, carried = self(
                 prompt, xl_memories=xl_memories, states=states, lengths=lengths, logits_to_keep=1
             )
@@ -1896,7 +1929,7 @@ class BlockRecurrentTransformer(nn.Module):
             if step + 1 == max(counts) or (can_end_early and not alive.any()):
                 break
             lengths = alive.long() if can_end_early and not alive.all() else None
-            with evaluating(self):
+            with evaluating(modules):
                 logits, memories, carried = self(
                     token[:, None], xl_memories=memories, states=carried, lengths=lengths, overwrite=True
                 )
@@ -1954,7 +1987,7 @@ class BlockRecurrentTransformer(nn.Module):
         self, x: Tensor, memories: Memories | None, states: States | None, resets: dict[str, Tensor | None],
         lengths: Tensor | None, logits_to_keep: int | None,
     ) -> None:  # fmt: skip
-        """Raises a ValueError that names the argument and the numbers. Data is read on the CPU only."""
+        """Raises a ValueError that names the argument and the numbers. Token ids are read on the CPU only."""
         if not isinstance(x, Tensor) or x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"x must be token ids (b, n) with b >= 1 and n >= 1, not {describe(x)}")
         self.check_ids(x, None)
@@ -2061,11 +2094,12 @@ class BlockRecurrentTransformer(nn.Module):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients and in eval mode; the modes of all modules come back afterwards."""
-    training = [module for module in model.modules() if module.training]
+def evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Without gradients and in eval mode; the modes of the modules come back afterwards."""
+    training = [module for module in modules if module.training]
     with torch.no_grad():
-        model.eval()
+        for module in training:
+            module.training = False
         try:
             yield
         finally:
@@ -2085,7 +2119,7 @@ class RecurrentTrainWrapper(nn.Module):
     """Trains and samples a model over sequences of any length, a segment at a time.
 
     Args:
-        transformer: a BlockRecurrentTransformer, or one wrapped for several processes.
+        transformer: a BlockRecurrentTransformer, or one compiled, or wrapped for several processes.
         xl_memories_dropout: the chance that a row forgets its complete blocks at a segment's start, in training.
         state_dropout: the chance that a row's states return to their initial values there.
         seq_len: tokens of a segment; default the model's max_seq_len.
@@ -2126,8 +2160,11 @@ class RecurrentTrainWrapper(nn.Module):
 
     @property
     def model(self) -> BlockRecurrentTransformer:
-        """The model itself."""
-        return getattr(self.transformer, "module", self.transformer)  # type: ignore[arg-type]
+        """The model itself, whatever was wrapped around it: DistributedDataParallel's `module`, torch.compile's."""
+        model = self.transformer
+        while (inner := model._modules.get("_orig_mod", model._modules.get("module"))) is not None:
+            model = inner
+        return model  # type: ignore[return-value]
 
     def untrained(self) -> str:
         """The parts of the model that a segment by itself gives no gradient, in words."""
@@ -2148,8 +2185,6 @@ class RecurrentTrainWrapper(nn.Module):
         Each is weighted by the share of its targets, so that their sum is the mean over all targets of x. Memories and
         states after the last token are the generator's return value; `reset` acts before the first segment.
         """
-        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] < 2:
-            raise ValueError(f"x must be token ids (b, n + 1) with n >= 1, not {describe(x)}")
         memories, carried = xl_memories or None, states or None
         for part, count, total in self.parts(x):
             if self.detach_segments:
@@ -2162,6 +2197,8 @@ class RecurrentTrainWrapper(nn.Module):
 
     def parts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The segments of x, (b, seq_len + 1), neighbours sharing one token; the targets in each, and in all of x."""
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] < 2:
+            raise ValueError(f"x must be token ids (b, n + 1) with n >= 1, not {describe(x)}")
         counted = x[:, 1:] != self.config.ignore_index
         total = counted.sum().clamp(min=1)
         for start in range(0, x.shape[1] - 1, self.seq_len):

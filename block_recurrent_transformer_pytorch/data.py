@@ -43,26 +43,6 @@ from tqdm import tqdm
 
 from .files import written_at_once
 
-__all__ = [
-    "Batch",
-    "ByteTokenizer",
-    "Corpus",
-    "Document",
-    "DocumentStream",
-    "FileTokenizer",
-    "Source",
-    "Splits",
-    "Tokenizer",
-    "bits_per_byte",
-    "build_corpus",
-    "choose",
-    "download_enwik8",
-    "find_enwik8",
-    "load_source",
-    "split",
-    "standard_library",
-]
-
 Integers = NDArray[np.integer[Any]]
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"

@@ -55,6 +55,29 @@ class Log:
             file.close()
 
 
+def check(told: Any, step: int) -> None:
+    """Raises a ValueError if this is not what a step tells, nor None; it may come from a file that is not trusted."""
+    match told:
+        case None:
+            return
+        case {
+            "step": int(found), "loss": float(), "bits_per_byte": float(), "targets": int(targets), "lr": float(),
+            "grad_norm": float() | None, "skipped": int(), "epoch": int(), **rest,
+        } if found == step and 0 < targets < 2**53 and not rest:  # fmt: skip
+            return
+    raise ValueError(f"told is {str(told)[:80]}")
+
+
+def show(bar: Any, told: dict[str, Any], seconds: float) -> None:
+    """Moves the progress bar by a step."""
+    shown = {"loss": f"{told['loss']:.3f}", "bits/byte": f"{told['bits_per_byte']:.3f}",
+             "tokens/s": f"{told['targets'] / seconds:,.0f}"}  # fmt: skip
+    if told["skipped"]:
+        shown["skipped"] = str(told["skipped"])
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+
+
 def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

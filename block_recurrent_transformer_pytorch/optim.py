@@ -331,7 +331,19 @@ def _check_adafactor(group: dict[str, Any]) -> None:
         raise ValueError(f"weight_decay={group['weight_decay']}: the authors' Adafactor has none, set it to 0")
 
 
-# 3 loss scaling
+# 3 precision
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether a "cpu" (with AMX or AVX512-BF16) or "cuda" multiplies matrices of bf16 faster than of fp32."""
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in questions)
+
+
+def weight_type(precision: str) -> torch.dtype:
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 class LossScale:

@@ -35,7 +35,8 @@ def small_model(**options: Any) -> BlockRecurrentTransformer:
 MODEL = small_model()
 WRAPPER = RecurrentTrainWrapper(MODEL)
 TOKENS = torch.arange(10).view(2, 5)
-_, MEMORIES, STATES = MODEL(TOKENS)
+with torch.no_grad():
+    _, MEMORIES, STATES = MODEL(TOKENS)  # with windows and views
 
 
 def says(call: Callable[[], Any], *words: object) -> None:

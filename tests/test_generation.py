@@ -538,7 +538,7 @@ def test_no_gradients_are_made():
 def test_memories_with_a_graph_are_welcome():
     model, prompt = model_of("default"), random_stream(2, 5)
     _, memories, states = model(prompt)
-    assert states.views[0].k.requires_grad
+    assert states.layers[0].requires_grad and memories.layers[0].block.k.requires_grad
     new = generate(model, prompt, 6, xl_memories=memories, states=states)
     assert torch.equal(new, generate(model, torch.cat((prompt, prompt), dim=1), 6))
 

@@ -133,6 +133,48 @@ def test_positions_are_exact_in_bf16():
         assert not torch.equal(table[..., 0, :], table[..., 1, :])
 
 
+def test_dynamic_positions_tell_distances_apart_in_bf16():
+    """bf16 has 8 bits, so that an MLP on distances in bf16 would know about 150 of 1,000."""
+    config = Config(**{**BASE, "dim": 64, "block_width": 1024, "max_seq_len": 1024, "positions": "dynamic"})
+    torch.manual_seed(0)
+    model = BlockRecurrentTransformer(config)
+    bias = model.layers[0].position_bias
+    distances = torch.arange(1000)
+    expected = bias(distances)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bias(distances), expected)
+    assert len(model.bfloat16().layers[0].position_bias(distances)[0].unique()) > 900
+
+
+@pytest.mark.parametrize("size", [100.0, 1e-3])
+def test_unit_keys_in_fp16_are_unit_keys(size):
+    """Squares of 100 * 8 channels and more are beyond fp16, those of 1e-3 below it."""
+    torch.manual_seed(0)
+    keys = size * torch.randn(1, 1, 16, 64)
+    for norm in ("head", "channel"):
+        heads_norm = module.HEADS_NORMS[norm](Config(**{**BASE, "dim_head": 64, "qk_norm": norm}))
+        kept, wanted = (heads_norm.view(k).float() for k in (keys.half(), keys))
+        assert relative_error(kept, wanted) < 2e-3
+
+
+def test_a_gate_that_keeps_nearly_all_still_writes():
+    """1 - g of e^-17 is a share of 4e-8, and is not lost beside 1."""
+    gate = module.FixedGate(3, 3)
+    gate.keep.data.fill_(17.0)
+    old, z = torch.zeros(1, 1, 3), torch.ones(1, 1, 3)
+    written = gate(old, z, z)
+    assert_same(written, torch.full_like(written, 1 / (1 + torch.e**17)), 1e-10)
+    written.sum().backward()
+    assert gate.keep.grad.all()
+
+
+def test_weights_loaded_in_inference_mode_can_be_trained():
+    model = small_model("default")
+    with torch.inference_mode():
+        model.load_state_dict(model.state_dict())
+    model(stream(1, 9), return_loss=True)[0].backward()
+
+
 # ---------------------------------------------------------------------------------------------- what attention is given
 
 

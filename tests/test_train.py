@@ -180,7 +180,7 @@ def test_a_dry_run_counts_the_activations_that_there_are(flags):
     real = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
     del held
     with train.autocast(options):
-        found = train.footprint(config, 4, options.segment, dtype=train.weight_type(options))
+        found = train.footprint(config, 4, options.segment, dtype=train.optim.weight_type(options.precision))
     assert found.activations == pytest.approx(real, rel=0.05)
 
 

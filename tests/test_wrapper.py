@@ -24,6 +24,7 @@ from block_recurrent_transformer_pytorch import (
     detach,
     forget_rows,
 )
+from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
 from block_recurrent_transformer_pytorch.paper import OPTIONS as PAPER
 
 BASE = {
@@ -185,18 +186,44 @@ def test_gradients_reach_given_states_only_without_detaching():
     model.zero_grad()
 
 
-def test_gradients_do_not_depend_on_prepared_keys():
-    """A segment ends within a block; what decoding keeps ready follows from the rest of the memory, gradients too."""
+@pytest.mark.parametrize("is_read_without_gradients", [False, True])
+def test_gradients_do_not_depend_on_prepared_keys(is_read_without_gradients):
+    """A segment ends within a block; what decoding keeps ready follows from the rest of what is carried."""
     model, x = model_of(all_layers_qk_rmsnorm=True), random_stream(2, 13)
     found = []
     for keep in (True, False):
-        _, memories, states = (detach(value) if i else value for i, value in enumerate(model(x[:, :6])))
+        with torch.set_grad_enabled(not is_read_without_gradients):
+            _, *carried = model(x[:, :6])
+            if is_read_without_gradients:
+                _, *carried = model(x[:, 6:7], xl_memories=carried[0], states=carried[1])
+        assert (carried[1].views is not None) == is_read_without_gradients
+        memories, states = (detach(value) for value in carried)
         if not keep:
             memories = memories._replace(layers=tuple(layer._replace(window=None) for layer in memories.layers))
-        model(x[:, 6:], xl_memories=memories, states=states, return_loss=True)[0].backward()
+            states = states._replace(views=None)
+        model(x[:, 7:], xl_memories=memories, states=states, return_loss=True)[0].backward()
         found.append(gradients(model))
     for name, gradient in found[0].items():
         assert_same(gradient, found[1][name], 1e-9, name=name)
+
+
+@pytest.mark.filterwarnings("ignore:with segments of 2 tokens")
+def test_projections_of_states_are_trained_by_every_segment():
+    """Also by one that begins within a block, whose states were projected before."""
+    model, x = model_of(), random_stream(2, 2 * 4 + 1)
+    seen = []
+    for loss in RecurrentTrainWrapper(model, seq_len=2).segments(x):
+        loss.backward()
+        seen.append(gradients(model)["layers.0.cell.to_kv.weight"])
+        model.zero_grad()
+    assert len(seen) == 4 and all(gradient.any() for gradient in seen)
+
+
+def test_a_compiled_model_is_welcome():
+    model, x = model_of(), random_stream(2, 13)
+    compiled = RecurrentTrainWrapper(torch.compile(model, backend="eager"))
+    assert compiled.model is model
+    assert_same(compiled(x), RecurrentTrainWrapper(model)(x), 1e-9)
 
 
 @every_variant
@@ -275,6 +302,20 @@ class Kept:
 
     def __del__(self) -> None:
         Kept.alive -= self.size
+
+
+def test_small_models_recompute_nothing(monkeypatch):
+    """The calls would cost more than they save; the gradients are the same."""
+    model, x, calls, found = model_of(), random_stream(2, 13), [], []
+    checkpoint = module.checkpoint
+    monkeypatch.setattr(module, "checkpoint", lambda *given, **how: calls.append(1) or checkpoint(*given, **how))
+    for least in (0, 2**18):
+        monkeypatch.setattr(module, "RECOMPUTED_FROM", least)
+        model(x, return_loss=True)[0].backward()
+        found.append((len(calls), gradients(model)))
+    (many, recomputed), (as_many, plain) = found
+    assert 0 < many == as_many
+    assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
 
 
 def most_kept(work: Callable[[], None]) -> int:
