@@ -567,6 +567,22 @@ def tensors(carried: object) -> list[Tensor]:
 
 
 @torch.no_grad()
+def test_every_field_of_a_memory_has_its_part_in_all_that_happens_to_it() -> None:
+    """One that is added to `LayerMemory` stays through blocks, resets, forgetting and choosing rows."""
+
+    class Extended(module.LayerMemory):
+        note = "kept"
+
+    model = random_model(Config(num_tokens=VOCABULARY, dim=8, depth=1, dim_head=4, heads=2, block_width=4))
+    _, memories, states = model(random_stream(2, 6))
+    memories = memories._replace(layers=tuple(Extended(*layer) for layer in memories.layers))
+    rows = torch.tensor([True, False])
+    _, later, _ = model(random_stream(2, 7), xl_memories=memories, states=states, reset=rows)
+    for after in (later, module.forget_rows(memories, rows)):
+        assert all(getattr(layer, "note", "lost") == "kept" for layer in after.layers)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("is_ragged", [False, True])
 def test_generation_leaves_the_memories_it_begins_with(is_ragged: bool) -> None:
     sizes = {"num_tokens": VOCABULARY, "dim": 8, "depth": 2, "dim_head": 4, "heads": 2, "max_seq_len": 4}
