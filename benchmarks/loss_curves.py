@@ -2,9 +2,9 @@
 
 python -m benchmarks.loss_curves --seeds 3 --steps 500 --train --data stdlib --threads 1
 
-What stands behind --train goes to train.py. Runs that are complete are not run again. The table gives, for each stretch of
-steps, the mean loss (nats a byte) of all seeds, how far a seed is from another (standard deviation), and how far bf16 is
-from fp32 with the same seed.
+What stands behind --train goes to train.py. Runs that are complete are not run again. The table gives, for each
+stretch of steps, the mean loss (nats a byte) of all seeds, how far a seed is from another (standard deviation), and how
+far bf16 is from fp32 with the same seed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
         fp32, bf16 = ([mean[precision, seed] for seed in range(options.seeds)] for precision in ("fp32", "bf16"))
         spread = statistics.stdev(fp32) if options.seeds > 1 else float("nan")
         apart = "  ".join(f"{low - full:+.5f}" for full, low in zip(fp32, bf16, strict=True))
-        print(f"{f'{first + 1}-{last}':>12}  {statistics.mean(fp32):8.5f}  {spread:8.5f}  {statistics.mean(bf16):8.5f}  {apart}")
+        means = f"{statistics.mean(fp32):8.5f}  {spread:8.5f}  {statistics.mean(bf16):8.5f}"
+        print(f"{f'{first + 1}-{last}':>12}  {means}  {apart}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -190,6 +191,26 @@ def test_decoding_with_inductor():
     carried = decode(model, [2 * WIDTH + 3])[-1][1:]
     compiled = torch.compile(model, fullgraph=True)
     same_tensors(decode(compiled, [1] * (2 * WIDTH), carried), decode(model, [1] * (2 * WIDTH), carried), 1e-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_decoding_in_the_buffers_of_the_memories(backend):
+    """A compiled model writes into memories that are given away, too, with the same numbers and no new graph."""
+    model = model_of("default")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    start = decode(model, [2 * WIDTH + 3])[-1][1:]
+    expected = decode(model, [1] * (6 * WIDTH), start)
+    carried, kept = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, start), 0
+    for i, (logits, memories, _) in enumerate(expected):
+        with nothing_new() if i >= 3 * WIDTH else contextlib.nullcontext():
+            out, *after = compiled(
+                random_stream(2, 1, seed=i), xl_memories=carried[0], states=carried[1], overwrite=True
+            )
+        same_tensors([out, after[0]], [logits, memories], 1e-8)
+        kept += after[0].layers[0].block.k is carried[0].layers[0].block.k
+        carried = after
+    assert kept >= 4 * (WIDTH - 1)
 
 
 @pytest.mark.parametrize(("variant", "graphs"), [("default", 7), ("compressed", 10)])
