@@ -10,19 +10,17 @@ far bf16 is from fp32 with the same seed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.measure import ROOT
+from block_recurrent_transformer_pytorch import metrics
 
 
 def losses(folder: Path) -> list[float]:
-    file = folder / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line)["loss"] for line in lines]
+    return [line["loss"] for line in metrics.read_lines(folder)] if (folder / "metrics.jsonl").exists() else []
 
 
 def train(folder: Path, seed: int, precision: str, steps: int, flags: list[str]) -> list[float]:

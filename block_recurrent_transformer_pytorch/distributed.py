@@ -36,6 +36,7 @@ from .block_recurrent_transformer_pytorch import (
     Memories,
     RecurrentTrainWrapper,
     States,
+    map_tensors,
 )
 
 Value = TypeVar("Value")
@@ -380,7 +381,7 @@ def deal(parts: list[Any], rows: int, count: int) -> list[Any]:
 
 
 def to_device(carried: Any, device: torch.device | str) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, carried)
+    return map_tensors(carried, lambda leaf: leaf.to(device))
 
 
 def _take(carried: Value, rows: slice) -> Value:
