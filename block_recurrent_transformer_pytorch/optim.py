@@ -378,14 +378,12 @@ def step(optimizer: Optimizer, *, lr: float, clip: float, scale: LossScale) -> t
         The norm of the gradient before clipping, and whether it was finite.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    total = nn.utils.get_total_norm(gradients)
+    total = nn.utils.clip_grad_norm_(parameters, clip * scale.value if clip else math.inf)
     norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total) / scale.value
     finite = math.isfinite(norm)
     if finite:
-        factor = (min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / scale.value
-        if factor != 1:
-            torch._foreach_mul_(gradients, factor)
+        if scale.value != 1:
+            torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], scale.value)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

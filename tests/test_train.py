@@ -549,7 +549,7 @@ def test_carried_values_that_are_not_finite_are_dropped(run, tmp_path, monkeypat
 def test_a_run_without_any_finite_gradient_ends(run, monkeypatch):
     monkeypatch.setattr(train, "LONGEST_SKIP", 3)
     monkeypatch.setattr(train, "backward", lambda run, part, segments, weight: torch.tensor(math.nan))
-    monkeypatch.setattr(train.nn.utils, "get_total_norm", lambda gradients: torch.tensor(math.nan))
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.tensor(math.nan))
     status, text = run("a")
     assert status == 1 and "3 steps in a row had no finite gradient" in text and "--lr 0.01" in text
 
