@@ -390,6 +390,11 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 RECOMPUTED_FROM = 2**18  # numbers of the largest input from which it is worth the calls
 
 
+def is_functional() -> bool:
+    """Whether torch.func is at work, which goes without the hooks of `checkpoint`."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None, draws: bool = False) -> Tensor:
     """function(*inputs), of which the backward pass keeps the inputs alone.
 
@@ -397,8 +402,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None, draws: b
     with what it takes in. And for something small that keeps much, the write of a state. `draws` says that the function
     takes random numbers, and so will the same ones again.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function(*inputs)  # a compiler chooses itself what to keep; torch.func goes without such hooks
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_functional():
+        return function(*inputs)  # a compiler chooses itself what to keep
     if max(x.numel() for x in inputs if x is not None) < RECOMPUTED_FROM:
         return function(*inputs)
     result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
@@ -799,7 +804,7 @@ def attend(
         k, v = (x[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for x in (k, v))
     if use_flash:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale)
-    logits = q @ k.transpose(-1, -2) * scale
+    logits = (q * scale) @ k.transpose(-1, -2)
     if causal:
         mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
     if mask is None:
@@ -807,8 +812,8 @@ def attend(
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
     empty = (mask == -math.inf).all(-1, keepdim=True)
-    weights = (logits + mask).masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    return F.dropout(weights, dropout) @ v
+    weights = logits.add_(mask.masked_fill(empty, 0)).softmax(-1)
+    return (F.dropout(weights, dropout) @ v).masked_fill(empty, 0)
 
 
 def batched(mask: Tensor) -> Tensor:
@@ -1392,9 +1397,6 @@ def plan_rows(
     return pieces, (agreed(places), min(held), ahead())
 
 
-LOGITS_AT_ONCE = 2**24  # elements of the largest matrix of logits that `loss` makes
-
-
 def hand_down(layers: list[LayerMemory], complete: Tensor | bool, width: int) -> list[LayerMemory]:
     """Enhanced recurrence: the newest block in the memory of each layer becomes what the next layer computed."""
     handed = []
@@ -1402,6 +1404,53 @@ def hand_down(layers: list[LayerMemory], complete: Tensor | bool, width: int) ->
         xl = KV(*(torch.cat((own[:, :, :-width], new[:, :, -width:]), dim=2) for own, new in zip(layer.xl, above.xl)))
         handed.append(layer._replace(xl=choose_rows(complete, xl, layer.xl) if isinstance(complete, Tensor) else xl))
     return [*handed, layers[-1]]
+
+
+LOGITS_AT_ONCE = 2**23  # numbers of the largest matrix of logits that a loss makes
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropies, in nats, of logits x W^T, of which `size` rows exist at a time.
+
+    With p = softmax(x W^T), the gradient of a row's logits is p - onehot(target). Those of x and W are taken from it
+    in the forward pass, while the rows are there, so that nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, targets: Tensor, ignore: int, size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (n, d), weight (v, d), targets (n,) -> the sum, and its gradients (n, d) and (v, d)."""
+        total, grad_weight = at_least_fp32(x.new_zeros(())), at_least_fp32(torch.zeros_like(weight))
+        grad_x = []
+        for rows, wanted in zip(torch.split(x, size), torch.split(targets, size)):
+            counted = (wanted != ignore)[:, None]
+            index = torch.where(counted, wanted[:, None], 0)
+            logits = F.linear(rows, weight)
+            p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            total = total - (p.gather(1, index) * counted).sum()
+            p.exp_().scatter_add_(1, index, p.new_tensor(-1).expand(index.shape))
+            grad = p.to(logits.dtype)
+            grad_x.append((grad @ weight * counted).to(x.dtype))
+            grad_weight = grad_weight + at_least_fp32(grad.t() @ (rows * counted))
+        return total, torch.cat(grad_x), grad_weight.to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, targets, ctx.ignore, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, targets, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, targets, grad_x, grad_weight = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again: the formula
+            p = F.linear(x, weight).softmax(-1)
+            counted = (targets != ctx.ignore)[:, None]
+            index = torch.where(counted, targets[:, None], 0)
+            wrong = p.scatter_add(1, index, -torch.ones_like(index, dtype=p.dtype)) * counted * grad
+            return wrong @ weight, wrong.t() @ x, None, None, None
+        return grad * grad_x, grad * grad_weight, None, None, None
 
 
 def init_lecun(module: nn.Module) -> None:
@@ -1684,9 +1733,9 @@ class BlockRecurrentTransformer(nn.Module):
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def run_layer(self, layer: nn.Module, *arguments: Any) -> Any:
-        if self.config.use_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *arguments, use_reentrant=False)
-        return layer(*arguments)
+        if not self.config.use_checkpointing or not torch.is_grad_enabled() or is_functional():
+            return layer(*arguments)
+        return checkpoint(layer, *arguments, use_reentrant=False)
 
     def renew_view(self, cell: int, state: dict[int, Tensor], view: dict[int, KV], complete: bool | Tensor) -> None:
         """Where a block is complete, the view of the old state goes; the next block projects the new one."""
@@ -1779,7 +1828,7 @@ class BlockRecurrentTransformer(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats over the targets that count; 0 without any. Logits exist for a chunk at a time."""
-        ignore = self.config.ignore_index
+        ignore, size = self.config.ignore_index, max(1, LOGITS_AT_ONCE // self.config.num_tokens)
         rows, wanted = hidden.flatten(0, 1), targets.flatten()
 
         def summed(rows: Tensor, wanted: Tensor) -> Tensor:
@@ -1787,12 +1836,16 @@ class BlockRecurrentTransformer(nn.Module):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(logits, wanted, ignore_index=ignore, reduction="sum")
 
-        size = max(1, LOGITS_AT_ONCE // self.config.num_tokens)
-        if len(rows) <= size:
+        to_logits = self.to_logits
+        is_own = to_logits is None or (type(to_logits) is nn.Linear and to_logits.bias is None)
+        if len(rows) <= size or not is_own:  # another map that was put in its place is called as a whole
             total = summed(rows, wanted)
+        elif torch.is_grad_enabled():
+            weight = self.token_emb.weight if to_logits is None else to_logits.weight
+            x = rows * self.config.dim**-0.5 if to_logits is None else rows
+            total = CrossEntropy.apply(x, weight, wanted, ignore, size)[0]  # type: ignore[no-untyped-call]
         else:
-            chunks = zip(torch.split(rows, size), torch.split(wanted, size))
-            total = torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+            total = torch.stack([*map(summed, torch.split(rows, size), torch.split(wanted, size))]).sum()
         return total / (targets != ignore).sum().clamp(min=1)
 
     def shifted(self, x: Tensor, logits_to_keep: int | None, return_hidden: bool) -> tuple[Tensor, Tensor]:

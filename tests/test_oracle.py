@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import cache
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, assert_all_same, assert_same, carried, gradients, read_in_pieces, remembered, t5_bucket
 from strategies import VOCABULARY, config_options, examples, random_model, random_stream, splits
-from torch import Tensor
+from torch import Tensor, nn
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
 from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
@@ -336,10 +337,17 @@ def test_gradients_of_unit_vectors_are_exact() -> None:
     assert torch.isfinite(zero.grad).all()
 
 
-@pytest.mark.parametrize("flash", [False, True])
-def test_functional_gradients_are_those_of_backward(flash: bool) -> None:
+@pytest.mark.parametrize("options", [
+    {}, {"use_flash_attn": True}, {"use_checkpointing": True}, {"tie_embeddings": True},
+])  # fmt: skip
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_functional_gradients_are_those_of_backward(
+    options: dict, in_chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch.func goes without hooks on saved tensors, and so without recomputation."""
-    model = random_model(Config(**BASE, use_flash_attn=flash))
+    if in_chunks:
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", 3 * BASE["num_tokens"])
+    model = random_model(Config(**BASE, **options))
     x = random_stream(2, 2 * BASE["block_width"] + 1)
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -360,4 +368,62 @@ def test_feed_forward_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     whole = run()
     monkeypatch.setattr(module, "HIDDEN_AT_ONCE", 1)
     for one, other in zip(run(), whole, strict=True):
+        assert_same(one, other, 1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------- loss in chunks
+
+
+def loss_and_gradients(model: BlockRecurrentTransformer, x: Tensor, use_autocast: bool = False) -> list[Tensor]:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if use_autocast else nullcontext():
+        loss = model(x, return_loss=True)[0]
+    (2 * loss).backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "use_autocast", "tolerance"),
+    [("float64", False, 1e-12), ("bfloat16", False, 2e-2), ("float32", True, 2e-2)],
+)
+def test_loss_in_chunks_has_the_same_gradients(kind, use_autocast, tolerance, monkeypatch) -> None:
+    """In low precision, too, with targets that do not count, and with a factor behind the loss."""
+    model = random_model(Config(**BASE, ignore_index=3)).to(getattr(torch, kind))
+    x = random_stream(2, 50)
+    whole = loss_and_gradients(model, x, use_autocast)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 8 * BASE["num_tokens"])
+    for one, other in zip(loss_and_gradients(model, x, use_autocast), whole, strict=True):
+        assert one.dtype == other.dtype
+        size = 1 + other.double().abs().max()
+        assert_same(one.double() / size, other.double() / size, tolerance)
+
+
+def test_loss_in_chunks_calls_a_map_that_stands_in_for_the_output(monkeypatch) -> None:
+    """A wrapper (LoRA, another precision) may have a weight, too, that is not all of it."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, x = random_model(Config(**BASE)), random_stream(2, 20)
+    own = model.to_logits
+    model.to_logits = Doubled(own.in_features, own.out_features, bias=False, dtype=own.weight.dtype)
+    model.to_logits.weight = own.weight
+    whole = loss_and_gradients(model, x)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
+    for one, other in zip(loss_and_gradients(model, x), whole, strict=True):
+        assert_same(one, other, 1e-12)
+
+
+def test_loss_in_chunks_has_second_derivatives(monkeypatch) -> None:
+    def penalty() -> list[Tensor]:
+        model = random_model(Config(**BASE, ignore_index=3))
+        loss = model(random_stream(2, 20), return_loss=True)[0]
+        (gradient,) = torch.autograd.grad(loss, [model.token_emb.weight], create_graph=True)
+        gradient.square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    whole = penalty()
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
+    for one, other in zip(penalty(), whole, strict=True):
         assert_same(one, other, 1e-12)
