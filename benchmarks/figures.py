@@ -43,7 +43,10 @@ from .measure import (
     in_own_process,
     operators,
     peak_memory,
+    peak_resident,
+    resident,
     timed,
+    warm_up,
 )  # fmt: skip
 
 Cases = list[dict[str, Any]]
@@ -81,6 +84,36 @@ def train_small(quick: bool) -> Cases:
         "limit": bind(limit_step, options, batch),
     }
     return [timed(f"batch {batch}, fp32", makers, 2 if quick else 9)]
+
+
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # batch, and what differs from the enwik8 configuration
+    "a vocabulary of 20,000": (1, {"num_tokens": 20_000}),
+    "dim 1024, depth 2, 16 heads": (1, {"dim": 1024, "depth": 2, "heads": 16, "recurrent_layers": (1,)}),
+    "depth 8, blocks of 128, 256 states": (1, {"depth": 8, "block_width": 128, "num_state_vectors": 256}),
+    "dim 256, depth 4, blocks of 128": (4, {
+        "dim": 256, "depth": 4, "heads": 4, "block_width": 128, "num_state_vectors": 128, "max_seq_len": 512,
+        "recurrent_layers": (2,),
+    }),
+    "dim 256, depth 4, without flash": (2, {
+        "dim": 256, "depth": 4, "block_width": 256, "num_state_vectors": 256, "max_seq_len": 512,
+        "recurrent_layers": (2,), "use_flash_attn": False,
+    }),
+    "dim 64, depth 2, blocks of 16": (4, {
+        "dim": 64, "depth": 2, "dim_head": 32, "heads": 2, "block_width": 16, "num_state_vectors": 16,
+        "max_seq_len": 128, "recurrent_layers": (1,),
+    }),
+}  # fmt: skip
+
+
+def train_sizes(quick: bool) -> Cases:
+    """Training step at other sizes, fp32"""
+    cases = []
+    for name, (batch, different) in SIZES.items():
+        options = TINY if quick else {**ENWIK8, **different}
+        contestants = (("ours", ours_step), ("reference", reference_step), ("limit", limit_step))
+        makers = {who: bind(make, options, batch) for who, make in contestants}
+        cases.append(timed(f"{name}, batch {batch}", makers, 2 if quick else 7))
+    return cases
 
 
 def variants(quick: bool) -> Cases:
@@ -221,29 +254,26 @@ def memory(quick: bool) -> Cases:
     return cases
 
 
-def read_stream(options: dict[str, Any], length: int) -> Callable[[], Any]:
-    model, carried = BlockRecurrentTransformer(**options).to(DEVICE).eval(), {}
-
-    def run() -> None:
-        for _ in range(0, length, options["max_seq_len"]):
+def peaks_of_stream(options: dict[str, Any], *lengths: int) -> list[float]:
+    """Peak memory of one process after so many tokens, and after so many more."""
+    warm_up()
+    before, peaks = resident(), []
+    model, carried, read = BlockRecurrentTransformer(**options).to(DEVICE).eval(), {}, 0
+    for length in lengths:
+        while read < length:
             with torch.no_grad():
                 _, memories, states = model(tokens(options, 1, options["max_seq_len"]), logits_to_keep=1, **carried)
-            carried.update(xl_memories=memories, states=states)
-
-    return run
+            carried = {"xl_memories": memories, "states": states}
+            read += options["max_seq_len"]
+        peaks.append((peak_resident() - before) / 2**20)
+    return peaks
 
 
 def stream(quick: bool) -> Cases:
-    """Peak memory of reading a stream with the small model, each length in its own process"""
+    """Peak memory of reading a stream with the small model, in one process"""
     options, long, short = (TINY, 20_000, 2_000) if quick else (SMALL, 1_000_000, 10_000)
-    peaks = {}
-    for who, length in (("ours", long), (f"ours, {short:,} tokens", short)):
-        peaks[who] = [in_own_process(peak_stream, options, length)]
-    return [case(f"{long:,} tokens", peaks, "MiB")]
-
-
-def peak_stream(options: dict[str, Any], length: int) -> float:
-    return peak_memory(read_stream, options, length, steps=1)
+    first, last = in_own_process(peaks_of_stream, options, short, long)
+    return [case(f"{long:,} tokens", {"ours": [last], f"ours, {short:,} tokens": [first]}, "MiB")]
 
 
 def dispatched(quick: bool) -> Cases:
@@ -326,9 +356,10 @@ def bind(make: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 
 FIGURES: dict[str, Callable[[bool], Cases]] = {
-    "train_enwik8": train_enwik8, "train_small": train_small, "variants": variants, "recurrent_layer": recurrent_layer,
-    "replay": replay, "prefill": prefill, "decode": decode, "decode_far": decode_far, "memory": memory,
-    "stream": stream, "operators": dispatched, "compile": compiling, "import": importing,
+    "train_enwik8": train_enwik8, "train_small": train_small, "train_sizes": train_sizes, "variants": variants,
+    "recurrent_layer": recurrent_layer, "replay": replay, "prefill": prefill, "decode": decode,
+    "decode_far": decode_far, "memory": memory, "stream": stream, "operators": dispatched, "compile": compiling,
+    "import": importing,
 }  # fmt: skip
 
 

@@ -76,24 +76,35 @@ def activations(config: Config, tokens: int, precision: str) -> float:
     and values, and once more beside those of the block before; queries raw, normalised and scaled; what attention
     finds, twice) and the hidden layer. The bias of the positions is kept once, whatever the number of rows, and its
     distances once for all layers. Under autocast the residual stream stays in fp32, and the output maps of the
-    attention and the embeddings are copied to bf16; what is computed again takes its weights' copies with it.
+    attention are copied to bf16; what is computed again takes its weights' copies with it. The loss of a large vocabulary
+    keeps the gradients of what it takes in, and of the embeddings.
     """
     inner, dim, width = config.heads * config.dim_head, config.dim, config.block_width
     layer = {"fp32": 4 * (3 * dim + 11 * inner + config.ff_dim), "bf16": 12 * dim + 22 * inner + 2 * config.ff_dim}
     token = {"fp32": 4 * 9 * inner, "bf16": 2 * 9 * inner + 2 * dim}  # of a recurrent layer: reading and being read
     state = {"fp32": 4 * (6 * dim + 13 * inner), "bf16": 4 * 6 * dim + 2 * 13 * inner}  # of a state vector in a block
-    bias = 2 * width * width * config.heads * (2 if precision == "bf16" else 4)
+    bias = 2 * width * width * config.heads * WORD  # under autocast, too
     pairs = 2 * width * width * 8  # which distance each query and key have, once for all layers
     cells, blocks = len(config.recurrent_layers), tokens // width
-    total = config.depth * (tokens * layer[precision] + bias) + pairs + 4 * 4 * dim * tokens
+    total = config.depth * (tokens * layer[precision] + bias) + pairs + 5 * 4 * dim * tokens + vocabulary(config)
     total += cells * (tokens * token[precision] + blocks * config.num_state_vectors * state[precision])
-    copied = dim * (config.depth * inner + config.num_tokens)
-    return total + (2 * copied if precision == "bf16" else 0)
+    return total + (2 * dim * config.depth * inner if precision == "bf16" else 0)
 
 
 def checkpointed(config: Config, tokens: int, precision: str) -> float:
     """The same with use_checkpointing: the input of every layer, and all of one layer while it is computed again."""
-    return 4 * config.dim * tokens * (config.depth + 4) + activations(config, tokens, precision) / config.depth
+    inputs = 4 * config.dim * tokens * (config.depth + 4) + vocabulary(config)
+    return inputs + one_layer(config, tokens, precision)
+
+
+def one_layer(config: Config, tokens: int, precision: str) -> float:
+    """What a layer keeps, and its share of what is kept once for all."""
+    return (activations(config, tokens, precision) - vocabulary(config)) / config.depth
+
+
+def vocabulary(config: Config) -> int:
+    """The gradient of the embeddings, which the loss of a large vocabulary keeps."""
+    return WORD * config.dim * config.num_tokens
 
 
 def carried(config: Config) -> int:
@@ -244,8 +255,8 @@ def comparison(size: str) -> str:
         formula = activations(Config(**options), SEGMENT, precision)
         lines.append([precision, gb(formula), gb(counted(options, SEGMENT, precision))])
     config = Config(**options)
-    one_layer = activations(config, SEGMENT, "fp32") / config.depth  # not there yet when the backward pass begins
-    formula = checkpointed(config, SEGMENT, "fp32") - one_layer
+    absent = one_layer(config, SEGMENT, "fp32")  # when the backward pass begins
+    formula = checkpointed(config, SEGMENT, "fp32") - absent
     lines.append(["fp32, checkpointing", gb(formula),
                   gb(counted({**options, "use_checkpointing": True}, SEGMENT, "fp32"))])  # fmt: skip
     return table(f"| {size} | formula, GB | counted, GB |", lines)
