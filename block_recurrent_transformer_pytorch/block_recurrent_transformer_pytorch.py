@@ -242,6 +242,11 @@ class Config:
         return self.block_width // 2 if self.use_compressed_mem and self.xl_width(layer) else 0
 
     @property
+    def nearest(self) -> int:
+        """The distance of the nearest key that a token sees: its own, or in a sliding window the one before."""
+        return int(self.attention_window == "sliding")
+
+    @property
     def compressed_per_block(self) -> int:
         """Entries that one block becomes when it is compressed."""
         return self.block_width // self.compressed_mem_factor
@@ -638,6 +643,14 @@ class Piece(NamedTuple):
         return [self._replace(t=1)] * self.t
 
 
+class Distances(NamedTuple):
+    """Query position - key position, for all queries and keys of a piece."""
+
+    values: Tensor  # all that occur, ascending
+    seen: Tensor  # which of them a query sees, bool
+    pairs: Tensor  # index into these for each query and key, (n, j), or (b, n, j) where places differ
+
+
 class Pattern(NamedTuple):
     """Who sees whom in the self-attention of a piece, for a layer that remembers m entries.
 
@@ -646,9 +659,7 @@ class Pattern(NamedTuple):
 
     first: int  # of [remembered entries ; block], the part that some query sees: from here
     last: int  # to here
-    distances: Tensor  # all that occur of query position - key position, ascending, and which are seen, bool
-    seen: Tensor
-    pairs: Tensor  # index into these for each query and key, (n, j), or (b, n, j) where places differ
+    distances: Distances | None  # where there is a mask or a position bias
     mask: Tensor | None  # True where visible, (n, j) or (b, n, j); None: everywhere, or causal
     added: Tensor | None  # the same as what is added to the logits, see `additive`; None with a position bias
     causal: bool  # n = j, and each query sees the keys up to its own
@@ -870,7 +881,7 @@ def extend(buffer: KV, new: KV, piece: Piece, start: int = 0) -> KV:
 
 def is_writable(x: Tensor) -> bool:
     """Whether x has memory of its own for each number, and may be changed here."""
-    if x.stride(-1) != 1:
+    if not x.is_contiguous():
         return False
     return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference()
 
@@ -1136,6 +1147,15 @@ class RecurrentCell(nn.Module):
 # ---------------------------------------------------------------------------------------------- 9 transformer block
 
 
+class Passed(NamedTuple):
+    """What comes out of a layer."""
+
+    x: Tensor  # tokens, (b, t n, d)
+    memory: LayerMemory
+    state: Tensor | None  # of the layer's cell, (b, s, d); None in a plain layer
+    views: KV | None  # of the states as of the start of each block, (b, t, g, s, e)
+
+
 class TransformerBlock(nn.Module):
     """One layer: self-attention beside reads of states, feed-forward, and in a recurrent layer the cell it writes."""
 
@@ -1171,17 +1191,21 @@ class TransformerBlock(nn.Module):
     def self_attention(self, q: Tensor, keys: KV, pattern: Pattern, t: int) -> Tensor:
         """Queries (b, t n, h e), keys and values they see (b t, g, j, e) -> (b t, h, n, e)."""
         q = rotate(self.heads_norm.queries(split_heads(q, t, self.heads)), pattern.q_tables)
-        added, causal = pattern.added, pattern.causal
+        mask, causal = pattern.added, pattern.causal
         if self.position_bias is not None:
-            bias = self.heads_norm.scaled(self.position_bias(pattern.distances)).to(q.dtype)
-            bias = bias.masked_fill(~pattern.seen, -math.inf)[:, pattern.pairs].movedim(0, -3)
-            added = bias if bias.ndim == 4 else bias[None]  # (1 or b, h, n, j)
-            if pattern.mask is not None:
-                added = added.masked_fill(~batched(pattern.mask), -math.inf)
-            causal = False
+            mask, causal = self.biases(pattern, q.dtype), False
         dropout = self.attn_dropout if self.training else 0.0
-        return attend(q, keys.k, keys.v, scale=self.heads_norm.scale, mask=added, causal=causal, dropout=dropout,
+        return attend(q, keys.k, keys.v, scale=self.heads_norm.scale, mask=mask, causal=causal, dropout=dropout,
                       use_flash=self.use_flash)  # fmt: skip
+
+    def biases(self, pattern: Pattern, dtype: torch.dtype) -> Tensor:
+        """The position bias of each query and key, -inf where the key is not seen, (1 or b, h, n, j)."""
+        assert pattern.distances is not None and self.position_bias is not None
+        values, seen, pairs = pattern.distances
+        bias = self.heads_norm.scaled(self.position_bias(values)).to(dtype).masked_fill(~seen, -math.inf)
+        bias = bias[:, pairs].movedim(0, -3)
+        bias = bias if bias.ndim == 4 else bias[None]
+        return bias if pattern.mask is None else bias.masked_fill(~batched(pattern.mask), -math.inf)
 
     def combine(self, *attended: Tensor) -> Tensor:
         """What each attention found, (b, t n, h e) -> (b, t n, d)."""
@@ -1201,7 +1225,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, memory: LayerMemory, state: Tensor | None, view: KV | None, reads: Sequence[KV], piece: Piece,
         pattern: Pattern,
-    ) -> tuple[Tensor, LayerMemory, Tensor | None, KV | None]:  # fmt: skip
+    ) -> Passed:  # fmt: skip
         """One piece of the sequence through this layer.
 
         Args:
@@ -1211,7 +1235,7 @@ class TransformerBlock(nn.Module):
             reads: views (b, t, g, s, e) of other layers' states, to be read here.
 
         Returns:
-            Tokens, memory and state after the piece, and the views of the own state, (b, t, g, s, e).
+            Tokens, memory and state after the piece, and the views of the own state.
         """
         t = piece.t
         projected = recomputed(self.project, x, draws=self.input_dropout.p > 0)
@@ -1244,7 +1268,7 @@ class TransformerBlock(nn.Module):
         attended = [self.self_attention(q, keys, pattern, t), *self.read(to_read, reads, t)]
         x = x + recomputed(self.combine, *(join_heads(found, t) for found in attended))
         x = x + self.feed_forward(x)
-        return x, remember(memory, filled, stream, queue, window, piece), state, views
+        return Passed(x, remember(memory, filled, stream, queue, window, piece), state, views)
 
     def seen(self, k: Tensor, table: Rotation | None) -> Tensor:
         """Stored keys as the queries see them: normalised, scaled, and turned by their positions."""
@@ -1298,40 +1322,49 @@ def make_pattern(
     config: Config, piece: Piece, layer: int, rotary: XPos | None, device: torch.device, dtype: torch.dtype
 ) -> Pattern:
     """Who sees whom in the self-attention of `layer` during `piece`; dtype is that of the queries."""
-    width, nearest = config.block_width, int(config.attention_window == "sliding")
-    xl, compressed = config.xl_width(layer), config.compressed_width(layer)
-    place, n = piece.place, piece.n
-    if piece.ahead is None and isinstance(place, int):
+    xl, compressed, nearest = config.xl_width(layer), config.compressed_width(layer), config.nearest
+    place, n, width = piece.place, piece.n, config.block_width
+    is_ragged = piece.ahead is not None or not isinstance(place, int)
+    low, high = -(xl + compressed), place + n if isinstance(place, int) else width
+    if isinstance(place, int) and not is_ragged:
         held = min(xl, piece.blocks * width)
         held += min(compressed, max(0, piece.blocks - config.num_xl_blocks) * config.compressed_per_block)
         low = -held if not nearest or piece.t > 1 else max(-held, place - width)
         high = place + n - (nearest if piece.t == 1 else 0)
-    else:
-        low, high = -(xl + compressed), place + n if isinstance(place, int) else width
-
-    keys = torch.arange(low, high, device=device)
-    queries = torch.arange(n, device=device) + (place if isinstance(place, int) else place[:, None])
-    least = (place if isinstance(place, int) else 0) - (high - 1)
-    most = (place if isinstance(place, int) else width - 1) + (n - 1) - low
-    distances = torch.arange(least, most + 1, device=device)
-    seen = (distances >= nearest) & (distances <= width) if nearest else distances >= 0
-    pairs = queries[..., :, None] - keys - least
-    mask, causal = None, False
-    if piece.ahead is not None or not isinstance(place, int):
-        mask = seen[pairs] & held_rows(config, piece, keys, xl, compressed)
-    elif n > 1 or piece.t > 1:
+    causal, is_masked = False, is_ragged
+    if not is_ragged and (n > 1 or piece.t > 1):
         if low == 0 and place == 0 and not nearest:  # a branch, and no bool kept: `place` may be symbolic
             causal = True
         else:
-            mask = seen[pairs]
-    is_added = mask is not None and config.positions not in POSITION_BIASES
-    added = additive(mask, config.heads // config.kv_heads, dtype) if is_added and mask is not None else None
+            is_masked = True
+
+    distances = mask = added = None
+    has_bias = config.positions in POSITION_BIASES
+    if is_masked or has_bias:
+        keys = torch.arange(low, high, device=device)
+        distances = make_distances(config, place, n, low, high, keys)
+    if is_masked and distances is not None:
+        mask = distances.seen[distances.pairs]
+        if is_ragged:
+            mask = mask & held_rows(config, piece, keys, xl, compressed)
+        added = None if has_bias else additive(mask, config.heads // config.kv_heads, dtype)
     first, last = xl + compressed + low, xl + compressed + high
     if rotary is None:
-        return Pattern(first, last, distances, seen, pairs, mask, added, causal, None, None, None)
+        return Pattern(first, last, distances, mask, added, causal, None, None, None)
     q_tables, new_tables = rotary.at(place, n)
     k_tables = rotary.at(-(xl + compressed), xl + compressed + width)[1]
-    return Pattern(first, last, distances, seen, pairs, mask, added, causal, q_tables, k_tables, new_tables)
+    return Pattern(first, last, distances, mask, added, causal, q_tables, k_tables, new_tables)
+
+
+def make_distances(config: Config, place: int | Tensor, n: int, low: int, high: int, keys: Tensor) -> Distances:
+    """Between n queries from `place` on and the keys at low ... high - 1."""
+    width, device = config.block_width, keys.device
+    queries = torch.arange(n, device=device) + (place if isinstance(place, int) else place[:, None])
+    least = (place if isinstance(place, int) else 0) - (high - 1)
+    most = (place if isinstance(place, int) else width - 1) + (n - 1) - low
+    values = torch.arange(least, most + 1, device=device)
+    seen = (values >= config.nearest) & (values <= width) if config.nearest else values >= 0
+    return Distances(values, seen, queries[..., :, None] - keys - least)
 
 
 def held_rows(config: Config, piece: Piece, keys: Tensor, xl: int, compressed: int) -> Tensor:
@@ -1551,6 +1584,8 @@ class BlockRecurrentTransformer(nn.Module):
 
         Errors speak of `argument`, and of the entries in it from which ours were made, `sources`.
         """
+        if "token_emb.weight" not in weights:
+            raise ValueError(f"{argument} has no token_emb.weight, but {sorted(weights)}")
         like = weights["token_emb.weight"]
         with torch.device("meta"):
             model = cls(config)
@@ -1717,11 +1752,12 @@ class BlockRecurrentTransformer(nn.Module):
             for index in stage:
                 layer, number = self.layers[index], index + 1
                 reads = [now[cell] for cell in layer.other_reads]  # type: ignore[union-attr]
-                part, layers[index], new_state, own = self.run_layer(
+                out = self.run_layer(
                     layer, part, layers[index], state.get(number), view.get(number), reads, span, patterns[index]
                 )
-                if new_state is not None and own is not None:
-                    state[number], now[number] = new_state, own
+                part, layers[index] = out.x, out.memory
+                if out.state is not None and out.views is not None:
+                    state[number], now[number] = out.state, out.views
             for cell in cells:
                 views[cell].append(now[cell])
                 self.renew_view(cell, state, view, span.complete)
@@ -1732,10 +1768,10 @@ class BlockRecurrentTransformer(nn.Module):
             seen[cell] = KV(*(torch.cat(kv, dim=1) for kv in zip(*views[cell]))) if len(spans) > 1 else views[cell][0]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def run_layer(self, layer: nn.Module, *arguments: Any) -> Any:
-        if not self.config.use_checkpointing or not torch.is_grad_enabled() or is_functional():
-            return layer(*arguments)
-        return checkpoint(layer, *arguments, use_reentrant=False)
+    def run_layer(self, layer: nn.Module, *arguments: Any) -> Passed:
+        recompute = self.config.use_checkpointing and torch.is_grad_enabled() and not is_functional()
+        out: Passed = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+        return out
 
     def renew_view(self, cell: int, state: dict[int, Tensor], view: dict[int, KV], complete: bool | Tensor) -> None:
         """Where a block is complete, the view of the old state goes; the next block projects the new one."""
@@ -2068,6 +2104,8 @@ class BlockRecurrentTransformer(nn.Module):
             kinds = (torch.int32, torch.int64)
             if not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.dtype not in kinds:
                 raise ValueError(f"lengths must be ({batch},) int, one for each row of x, not {describe(lengths)}")
+            if lengths.device != x.device:
+                raise ValueError(f"lengths is on {lengths.device}, x is on {x.device}")
             if int(lengths.min()) < 0 or int(lengths.max()) > n:
                 raise ValueError(f"lengths={lengths.tolist()} must be from 0 to the n={n} tokens of x")
         if logits_to_keep is not None and (not isinstance(logits_to_keep, int) or not 1 <= logits_to_keep <= n):

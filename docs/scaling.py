@@ -76,8 +76,8 @@ def activations(config: Config, tokens: int, precision: str) -> float:
     and values, and once more beside those of the block before; queries raw, normalised and scaled; what attention
     finds, twice) and the hidden layer. The bias of the positions is kept once, whatever the number of rows, and its
     distances once for all layers. Under autocast the residual stream stays in fp32, and the output maps of the
-    attention are copied to bf16; what is computed again takes its weights' copies with it. The loss of a large vocabulary
-    keeps the gradients of what it takes in, and of the embeddings.
+    attention are copied to bf16; what is computed again takes its weights' copies with it. The loss of a large
+    vocabulary keeps the gradients of what it takes in, and of the embeddings.
     """
     inner, dim, width = config.heads * config.dim_head, config.dim, config.block_width
     layer = {"fp32": 4 * (3 * dim + 11 * inner + config.ff_dim), "bf16": 12 * dim + 22 * inner + 2 * config.ff_dim}

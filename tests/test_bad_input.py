@@ -292,6 +292,9 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "reset 2-D": (forward(reset=torch.zeros(2, 1, dtype=torch.bool)), ("reset", "(2,)", "(2, 1)")),
     "reset as a list": (forward(reset=[True, False]), ("reset", "[True, False]")),
     "reset as one bool": (forward(reset=True), ("reset", "True")),
+    "lengths on another device": (
+        forward(lengths=torch.ones(2, dtype=torch.long, device="meta")), ("lengths", "meta", "cpu"),
+    ),
     "reset on another device": (forward(reset=torch.zeros(2, dtype=torch.bool, device="meta")), ("reset", "meta")),
     "reset_states of another batch": (forward(reset_states=bools(True)), ("reset_states", "(2,)", "(1,)")),
     "reset_states of floats": (forward(reset_states=torch.zeros(2)), ("reset_states", "bool", "float32")),
@@ -519,6 +522,10 @@ LUCIDRAINS, MELIAD = lucidrains_entries(), meliad_entries()
 CELL = "transformer1/recurrent_tbase/post_attn_mlp"
 
 LOADERS: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
+    "weights: empty": (
+        lambda: BlockRecurrentTransformer.from_weights(Config(num_tokens=4, dim=4, depth=1), {}),
+        ("weights", "token_emb.weight"),
+    ),
     "lucidrains: empty": (from_lucidrains({}), ("state_dict", "layers.N")),
     "lucidrains: another model": (from_lucidrains({"lm_head.weight": torch.zeros(2, 2)}), ("state_dict", "layers.N")),
     "lucidrains: no dict": (from_lucidrains([]), ("state_dict",)),

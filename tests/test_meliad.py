@@ -191,7 +191,8 @@ def test_the_mask_is_theirs():
     pattern = module.make_pattern(config, piece, 1, None, torch.device("cpu"), torch.float32)
     assert torch.equal(pattern.mask, record["out/causal_mask_w8"][:, :15].bool())
     assert not record["out/causal_mask_w8"][:, 15].any()  # the last token is seen by none of its block: left out
-    assert torch.equal(pattern.distances[pattern.pairs], -record["out/relative_position_w8"][:, :15].long())
+    values, _, pairs = pattern.distances
+    assert torch.equal(values[pairs], -record["out/relative_position_w8"][:, :15].long())
 
 
 COUNTS = {  # millions of parameters without the embedding table: plain 12 layers, plain 13, fixed:skip, lstm:dual

@@ -562,6 +562,18 @@ def test_memories_given_away_serve_as_well(options: dict, is_ragged: bool, data:
             assert overwritten[0].layers[0].block.k is given  # and no copy was made
 
 
+@torch.no_grad()
+def test_memories_of_rows_that_share_their_numbers_are_copied_first() -> None:
+    """One stream expanded to several rows: what a row writes must not be seen by the others."""
+    model, tokens = random_model(Config(**SMALL)), random_stream(3, 1, seed=1)
+    _, *carried = model(random_stream(1, 2))
+    shared = tree_map(lambda leaf: leaf.expand(3, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf, carried)
+    expected, *after = model(tokens, xl_memories=shared[0], states=shared[1])
+    got, *overwritten = model(tokens, xl_memories=shared[0], states=shared[1], overwrite=True)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(one, other) for one, other in zip(tensors(overwritten), tensors(after)))
+
+
 def tensors(carried: object) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(carried)[0] if isinstance(leaf, Tensor)]
 

@@ -13,6 +13,7 @@ from strategies import VOCABULARY, random_model, random_stream
 from torch import Tensor, nn
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, RecurrentTrainWrapper, detach
+from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
 from block_recurrent_transformer_pytorch.paper import OPTIONS as PAPER
 
 pytestmark = pytest.mark.slow
@@ -104,6 +105,14 @@ def test_training(variant):
     with nothing_new():
         rest = train(compiled, 2, first[-1][2], seed=4)
     same_tensors(first + rest, eager)
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_training_with_a_loss_in_chunks(tie_embeddings, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
+    model = model_of("default", tie_embeddings=tie_embeddings)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    same_tensors(train(compiled, 2), train(model, 2))
 
 
 @pytest.mark.parametrize(("variant", "backend"), [("paper", "aot_eager"), ("default", "inductor")])
