@@ -384,7 +384,7 @@ def loss_and_gradients(model: BlockRecurrentTransformer, x: Tensor, use_autocast
 
 @pytest.mark.parametrize(
     ("kind", "use_autocast", "tolerance"),
-    [("float64", False, 1e-12), ("bfloat16", False, 2e-2), ("float32", True, 2e-2)],
+    [("float64", False, 1e-12), ("bfloat16", False, 5e-2), ("float32", True, 5e-2)],
 )
 def test_loss_in_chunks_has_the_same_gradients(kind, use_autocast, tolerance, monkeypatch) -> None:
     """In low precision, too, with targets that do not count, and with a factor behind the loss."""
