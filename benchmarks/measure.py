@@ -124,7 +124,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
     glibc is told to give freed blocks back at once: otherwise its habits, and not the step, would decide the peak.
     """
-    os.environ.update(MALLOC_MMAP_THRESHOLD_="1048576", MALLOC_TRIM_THRESHOLD_="0")  # read as the process starts
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")  # read as the process starts
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(with_threads, torch.get_num_threads(), function, *arguments).result()
