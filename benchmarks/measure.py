@@ -135,12 +135,12 @@ def with_threads(threads: int, function: Callable[..., Any], *arguments: Any) ->
     return function(*arguments)
 
 
-def peak_memory(make: Callable[..., Callable[[], Any]], *arguments: Any, steps: int = 2) -> float:
-    """MiB that building and running takes at its peak, beyond what the process had before. For a process of its own."""
+def peak_memory(make: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
+    """MiB that building and two runs take at their peak, beyond what a process had before. For one of its own."""
     warm_up()
     before = resident()
     run = make(*arguments)
-    for _ in range(steps):
+    for _ in range(2):
         run()
     return (peak_resident() - before) / 2**20
 

@@ -1460,7 +1460,7 @@ class CrossEntropy(torch.autograd.Function):
             counted = (wanted != ignore)[:, None]
             index = torch.where(counted, wanted[:, None], 0)
             logits = F.linear(rows, weight)
-            p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            p = at_least_fp32(logits).log_softmax(-1)
             total = total - (p.gather(1, index) * counted).sum()
             p.exp_().scatter_add_(1, index, p.new_tensor(-1).expand(index.shape))
             grad = p.to(logits.dtype)
@@ -1868,9 +1868,7 @@ class BlockRecurrentTransformer(nn.Module):
         rows, wanted = hidden.flatten(0, 1), targets.flatten()
 
         def summed(rows: Tensor, wanted: Tensor) -> Tensor:
-            logits = self.logits(rows)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(logits, wanted, ignore_index=ignore, reduction="sum")
+            return F.cross_entropy(at_least_fp32(self.logits(rows)), wanted, ignore_index=ignore, reduction="sum")
 
         to_logits = self.to_logits
         is_own = to_logits is None or (type(to_logits) is nn.Linear and to_logits.bias is None)
