@@ -33,8 +33,9 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -47,8 +48,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from . import convert, paper
-from .sampling import Sampler
+from . import convert, generation, paper
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
@@ -415,6 +415,10 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None, draws: b
     return result
 
 
+def dropped(dropout: nn.Dropout, x: Tensor, use_dropout: bool | None) -> Tensor:
+    return dropout(x) if use_dropout is None else F.dropout(x, dropout.p, use_dropout)
+
+
 def make_norm(config: Config) -> nn.Module:
     """Layer norm with a gain and no bias, or RMS norm with epsilon 1e-6 inside the root."""
     if config.norm == "layer":
@@ -603,11 +607,11 @@ class FeedForward(nn.Module):
         out: Tensor = self.to_out(self.hidden.activate(hidden))
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, use_dropout: bool | None = None) -> Tensor:
         """(b, n, d) -> (b, n, d)."""
         rows, size = x.flatten(0, 1), self.rows_at_once(x)
         parts = [recomputed(self.narrow, recomputed(self.widen, part)) for part in torch.split(rows, size)]
-        out: Tensor = self.dropout(torch.cat(parts) if len(parts) > 1 else parts[0])
+        out = dropped(self.dropout, torch.cat(parts) if len(parts) > 1 else parts[0], use_dropout)
         return out.view(x.shape)
 
     def rows_at_once(self, x: Tensor) -> int:
@@ -637,6 +641,7 @@ class Piece(NamedTuple):
     ahead: Tensor | None = None  # (b,) blocks that a row remembers beyond these
     counts: Tensor | None = None
     overwrite: bool = False  # the memories before the piece are given away: new tokens may be written into them
+    use_dropout: bool | None = None  # None: in training mode
 
     def one_by_one(self) -> list[Piece]:
         """The same piece, a block at a time."""
@@ -1183,18 +1188,18 @@ class TransformerBlock(nn.Module):
         self.compressor = Compressor(config) if config.compressed_width(layer) else None
         self.cell = RecurrentCell(config) if is_recurrent else None
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, use_dropout: bool | None = None) -> Tensor:
         """Tokens (b, t n, d) -> their queries, keys and values, side by side."""
-        projected: Tensor = self.to_qkv(self.input_dropout(self.norm(x)))
+        projected: Tensor = self.to_qkv(dropped(self.input_dropout, self.norm(x), use_dropout))
         return projected
 
-    def self_attention(self, q: Tensor, keys: KV, pattern: Pattern, t: int) -> Tensor:
+    def self_attention(self, q: Tensor, keys: KV, pattern: Pattern, t: int, use_dropout: bool | None) -> Tensor:
         """Queries (b, t n, h e), keys and values they see (b t, g, j, e) -> (b t, h, n, e)."""
         q = rotate(self.heads_norm.queries(split_heads(q, t, self.heads)), pattern.q_tables)
         mask, causal = pattern.added, pattern.causal
         if self.position_bias is not None:
             mask, causal = self.biases(pattern, q.dtype), False
-        dropout = self.attn_dropout if self.training else 0.0
+        dropout = self.attn_dropout if (self.training if use_dropout is None else use_dropout) else 0.0
         return attend(q, keys.k, keys.v, scale=self.heads_norm.scale, mask=mask, causal=causal, dropout=dropout,
                       use_flash=self.use_flash)  # fmt: skip
 
@@ -1238,7 +1243,8 @@ class TransformerBlock(nn.Module):
             Tokens, memory and state after the piece, and the views of the own state.
         """
         t = piece.t
-        projected = recomputed(self.project, x, draws=self.input_dropout.p > 0)
+        project = partial(self.project, use_dropout=piece.use_dropout)
+        projected = recomputed(project, x, draws=self.input_dropout.p > 0)
         q, *to_read, kv = torch.split(projected, self.widths, dim=-1)
         k, v = split_heads(kv, 1, 2 * self.kv_heads).chunk(2, dim=1)
         new = KV(self.heads_norm.store(k), v)
@@ -1265,9 +1271,9 @@ class TransformerBlock(nn.Module):
         keys = window or self.whole_windows(memory, filled, stream, queue, pattern, t)
         if t == 1:
             keys = KV(*(x[:, :, pattern.first : pattern.last] for x in keys))
-        attended = [self.self_attention(q, keys, pattern, t), *self.read(to_read, reads, t)]
+        attended = [self.self_attention(q, keys, pattern, t, piece.use_dropout), *self.read(to_read, reads, t)]
         x = x + recomputed(self.combine, *(join_heads(found, t) for found in attended))
-        x = x + self.feed_forward(x)
+        x = x + self.feed_forward(x, piece.use_dropout)
         return Passed(x, remember(memory, filled, stream, queue, window, piece), state, views)
 
     def seen(self, k: Tensor, table: Rotation | None) -> Tensor:
@@ -1645,6 +1651,7 @@ class BlockRecurrentTransformer(nn.Module):
         return_hidden: bool = False,
         logits_to_keep: int | None = None,
         overwrite: bool = False,
+        use_dropout: bool | None = None,
     ) -> tuple[Tensor, Memories, States]:
         """Reads tokens where the memories left off.
 
@@ -1662,6 +1669,7 @@ class BlockRecurrentTransformer(nn.Module):
             logits_to_keep: only the logits of the last tokens of each row, so many.
             overwrite: `xl_memories` are given away, and a single token may be written into them instead of into a
                 copy; they must not be used again. For decoding, without gradients.
+            use_dropout: whether there is dropout in this call; default in training mode.
 
         Returns:
             Logits (b, n, v), memories and states after the last token. They hold the graph: `detach` them between the
@@ -1686,8 +1694,11 @@ class BlockRecurrentTransformer(nn.Module):
         pieces, (place, blocks, ahead) = self.pieces(n, memories, lengths)
         if overwrite:
             pieces = [piece._replace(overwrite=True) for piece in pieces]
+        if use_dropout is not None:
+            pieces = [piece._replace(use_dropout=use_dropout) for piece in pieces]
 
-        hidden, layers, states = self.read(self.emb_dropout(self.token_emb(x)), memories, states, pieces)
+        embedded = dropped(self.emb_dropout, self.token_emb(x), use_dropout)
+        hidden, layers, states = self.read(embedded, memories, states, pieces)
         memories = Memories(layers, place, blocks, ahead)
         if torch.is_grad_enabled():
             memories, states = without_prepared(memories, states)
@@ -1701,7 +1712,7 @@ class BlockRecurrentTransformer(nn.Module):
             targets = targets.masked_fill(behind, self.config.ignore_index)
         if logits_to_keep:
             hidden = self.last_tokens(hidden, lengths, logits_to_keep)
-        hidden = self.output_dropout(self.norm(hidden))
+        hidden = dropped(self.output_dropout, self.norm(hidden), use_dropout)
         if targets is not None:
             return self.loss(hidden, targets), memories, states
         return hidden if return_hidden else self.logits(hidden), memories, states
@@ -1896,178 +1907,13 @@ class BlockRecurrentTransformer(nn.Module):
 
     # -- generation
 
-    @typechecked
-    def generate(
-        self,
-        prime: Tensor | list[Tensor],
-        length: int | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        lengths: Tensor | None = None,
-        xl_memories: Memories | list[Any] | None = None,
-        states: States | list[Any] | None = None,
-        temperature: float = 1.0,
-        repetition_penalty: float = 1.0,
-        filter_thres: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_tokens: int | Sequence[int] = (),
-        pad_token: int = 0,
-        num_return_sequences: int = 1,
-        generator: torch.Generator | None = None,
-        return_memories_and_states: bool = False,
-    ) -> Tensor | tuple[Tensor, Memories, States]:
-        """Continues prompts, at the same cost per token however much was read before.
+    def generate(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
+        return generation.generate(self, prime, length, **options)
 
-        Args:
-            prime: prompts (b, m), m >= 1; or a list of 1-D tensors of any lengths; or padded on the right, with
-                `lengths` (b,). With `xl_memories` and `states` they continue what these have read.
-            length: tokens of prompt and continuation together, as 0.4.4 counts them (default max_seq_len + 1).
-            max_new_tokens: tokens of the continuation, instead of `length`.
-            temperature, repetition_penalty, filter_thres, top_k, top_p, min_p: see `sampling.Sampler`; temperature 0
-                is greedy. Without any filter, filter_thres is 0.9 as in 0.4.4.
-            stop_tokens: a row ends with the first of these, and is padded with `pad_token` behind it.
-            num_return_sequences: continuations of each prompt, one after the other in the rows of the result.
-            generator: source of the randomness, on the model's device.
-            return_memories_and_states: return (tokens, memories, states). The last token of each row is not read yet:
-                begin the next prompt with it.
+    def stream(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
+        return generation.stream(self, prime, length, **options)
 
-        Returns:
-            The new tokens alone, (b * num_return_sequences, n) int64; n is less than asked for if all rows stopped.
-
-        Raises:
-            ValueError: an argument out of range, or arguments that do not go together.
-        """
-        steps = self.stream(
-            prime, length, max_new_tokens=max_new_tokens, lengths=lengths, xl_memories=xl_memories, states=states,
-            temperature=temperature, repetition_penalty=repetition_penalty, filter_thres=filter_thres, top_k=top_k,
-            top_p=top_p, min_p=min_p, stop_tokens=stop_tokens, pad_token=pad_token,
-            num_return_sequences=num_return_sequences, generator=generator,
-        )  # fmt: skip
-        tokens = []
-        while True:
-            try:
-                tokens.append(next(steps))
-            except StopIteration as end:
-                new = torch.stack(tokens, dim=1)
-                return (new, *end.value) if return_memories_and_states else new
-
-    @typechecked
-    def stream(
-        self,
-        prime: Tensor | list[Tensor],
-        length: int | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        lengths: Tensor | None = None,
-        xl_memories: Memories | list[Any] | None = None,
-        states: States | list[Any] | None = None,
-        temperature: float = 1.0,
-        repetition_penalty: float = 1.0,
-        filter_thres: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_tokens: int | Sequence[int] = (),
-        pad_token: int = 0,
-        num_return_sequences: int = 1,
-        generator: torch.Generator | None = None,
-    ) -> Generator[Tensor, None, tuple[Memories, States]]:
-        """The same as `generate`, yielding the tokens (b,) as they come; memories and states are the return value."""
-        if filter_thres is None and top_k is None and top_p is None and min_p is None:
-            filter_thres = 0.9
-        sampler = Sampler(temperature=temperature, repetition_penalty=repetition_penalty, filter_thres=filter_thres,
-                          top_k=top_k, top_p=top_p, min_p=min_p)  # fmt: skip
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}")
-        stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
-        for name, ids in (("stop_tokens", stops), ("pad_token", (pad_token,))):
-            if wrong := [token for token in ids if not 0 <= token < self.config.num_tokens]:
-                raise ValueError(f"{name} holds {wrong}, num_tokens={self.config.num_tokens}")
-        prompt, lengths = self.prompts(prime, lengths)
-        counts = self.new_tokens(prompt, lengths, length, max_new_tokens)
-        return self.decode(prompt, lengths, counts, xl_memories, states, sampler, stops, pad_token,
-                           num_return_sequences, generator)  # fmt: skip
-
-    def decode(
-        self, prompt: Tensor, lengths: Tensor | None, counts: list[int], xl_memories: Any, states: Any,
-        sampler: Sampler, stops: tuple[int, ...], pad_token: int, repeats: int, generator: torch.Generator | None,
-    ) -> Generator[Tensor, None, tuple[Memories, States]]:  # fmt: skip
-        """The loop of `stream`: read, choose, yield. Rows that have ended read nothing more."""
-        modules = list(self.modules())
-        with evaluating(modules):
-            logits, memories, carried = self(
-                prompt, xl_memories=xl_memories, states=states, lengths=lengths, logits_to_keep=1
-            )
-        seen = self.seen_tokens(prompt, lengths)
-        if repeats > 1:
-            rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(repeats)
-            logits, seen, counts = logits[rows], seen[rows], [count for count in counts for _ in range(repeats)]
-            memories, carried = select_rows(memories, rows), select_rows(carried, rows)
-        stop = torch.tensor(stops, device=prompt.device, dtype=torch.long)
-        left = torch.tensor(counts, device=prompt.device)
-        can_end_early = bool(stops) or len(set(counts)) > 1
-        alive = torch.ones_like(left, dtype=torch.bool)
-        for step in range(max(counts)):
-            token = sampler(logits[:, -1], seen, generator).masked_fill(~alive, pad_token)
-            yield token.clone()
-            seen.scatter_(1, token[:, None], True)
-            alive = alive & ~torch.isin(token, stop) & (left > step + 1)
-            if step + 1 == max(counts) or (can_end_early and not alive.any()):
-                break
-            lengths = alive.long() if can_end_early and not alive.all() else None
-            with evaluating(modules):
-                logits, memories, carried = self(
-                    token[:, None], xl_memories=memories, states=carried, lengths=lengths, overwrite=True
-                )
-        return memories, carried
-
-    def prompts(self, prime: Tensor | list[Tensor], lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Prompts as (b, m) int64, and their lengths (b,) if they differ."""
-        if isinstance(prime, list):
-            if lengths is not None:
-                raise ValueError("lengths goes with a padded prime, not with a list of prompts")
-            if not prime or any(not isinstance(row, Tensor) or row.ndim != 1 or not len(row) for row in prime):
-                shown = [describe(row) for row in prime]
-                raise ValueError(f"prime must be a list of 1-D tensors of at least one token, not of {shown}")
-            lengths = torch.tensor([len(row) for row in prime], device=prime[0].device)
-            prime = nn.utils.rnn.pad_sequence(prime, batch_first=True)
-        if prime.ndim != 2 or 0 in prime.shape:
-            raise ValueError(f"prime must be (b, m) with b >= 1 and m >= 1, not {describe(prime)}")
-        self.check_ids(prime, None, "prime")
-        if lengths is not None:
-            if lengths.shape != prime.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"lengths must be ({len(prime)},) int, one per row of prime, not {describe(lengths)}")
-            if int(lengths.min()) < 1 or int(lengths.max()) > prime.shape[1]:
-                raise ValueError(f"lengths={lengths.tolist()} must be from 1 to the {prime.shape[1]} tokens of prime")
-        return prime, lengths
-
-    def new_tokens(
-        self, prompt: Tensor, lengths: Tensor | None, length: int | None, max_new_tokens: int | None
-    ) -> list[int]:
-        """How many tokens each row gets."""
-        own = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
-        if length is not None and max_new_tokens is not None:
-            raise ValueError(f"length={length} and max_new_tokens={max_new_tokens} both say how much to generate")
-        if max_new_tokens is not None:
-            if max_new_tokens < 1:
-                raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-            return [max_new_tokens] * len(own)
-        length = self.config.max_seq_len + 1 if length is None else length
-        if length <= max(own):
-            raise ValueError(
-                f"length={length} counts the prompt of {max(own)} tokens; give a larger length or max_new_tokens"
-            )
-        return [length - count for count in own]
-
-    def seen_tokens(self, prompt: Tensor, lengths: Tensor | None) -> Tensor:
-        """Which tokens each prompt holds, (b, v) bool."""
-        seen = torch.zeros(len(prompt), self.config.num_tokens + 1, dtype=torch.bool, device=prompt.device)
-        if lengths is not None:
-            behind = torch.arange(prompt.shape[1], device=prompt.device) >= lengths[:, None]
-            prompt = prompt.masked_fill(behind, self.config.num_tokens)
-        return seen.scatter_(1, prompt.long(), True)[:, :-1].contiguous()
+    generate.__doc__, stream.__doc__ = generation.generate.__doc__, generation.stream.__doc__
 
     # -- checks
 
@@ -2181,20 +2027,6 @@ class BlockRecurrentTransformer(nn.Module):
             raise ValueError(
                 f"{name.format(*which)}: {value.dtype} on {value.device}, this model carries {kind[0]} on {kind[1]}"
             )
-
-
-@contextmanager
-def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Without gradients and in eval mode; the modes of the modules come back afterwards."""
-    training = [module for module in modules if module.training]
-    with torch.no_grad():
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def describe(value: Any) -> str:
