@@ -313,6 +313,7 @@ class States(NamedTuple):
     views: tuple[KV, ...] | None = None  # their keys and values as this block's tokens read them; None: empty block
 
 
+torch.serialization.add_safe_globals([KV, LayerMemory, Memories, States])  # for torch.load(weights_only=True)
 Carried = TypeVar("Carried", Memories, States)
 
 
