@@ -37,6 +37,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -1585,11 +1586,12 @@ class BlockRecurrentTransformer(nn.Module):
     @classmethod
     def from_weights(
         cls, config: Config, weights: dict[str, Tensor], argument: str = "weights",
-        sources: Mapping[str, str] = MappingProxyType({}),
+        sources: Mapping[str, str] = MappingProxyType({}), assign: bool = False,
     ) -> BlockRecurrentTransformer:  # fmt: skip
-        """A model in eval mode with these weights, on their device and of their type.
+        """A model in eval mode with these weights, on the device and of the type of the embedding.
 
-        Errors speak of `argument`, and of the entries in it from which ours were made, `sources`.
+        Errors speak of `argument`, and of the entries in it from which ours were made, `sources`. With `assign` the
+        tensors become the parameters, instead of being copied.
         """
         if "token_emb.weight" not in weights:
             raise ValueError(f"{argument} has no token_emb.weight, but {sorted(weights)}")
@@ -1602,12 +1604,38 @@ class BlockRecurrentTransformer(nn.Module):
                     f"{argument}: {sources.get(name, name)} gives {name} the shape {tuple(weights[name].shape)}, "
                     f"a model of dim={config.dim} needs {tuple(wanted.shape)}"
                 )
-        model = model.to(like.dtype).to_empty(device=like.device)
+        model = model.to(like.dtype)
+        if assign:
+            weights = {name: weight.to(like.device, like.dtype) for name, weight in weights.items()}
+        else:
+            model = model.to_empty(device=like.device)
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(weights, assign=assign)
         except RuntimeError as error:  # torch's word for entries that are missing or left over
             raise ValueError(f"{argument}: {error}") from error
         return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, checkpoint: Literal["best", "last"] = "best", device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> BlockRecurrentTransformer:  # fmt: skip
+        """The model in a folder that `save_pretrained` wrote, or in that of a run of train.py. In eval mode.
+
+        Args: see `pretrained.load_weights`.
+
+        Raises:
+            ValueError: the folder is not as it was written, or weights are missing, left over or of another shape.
+        """
+        from . import pretrained  # which needs Config
+
+        config, weights = pretrained.load_weights(path, checkpoint=checkpoint, device=device, dtype=dtype)
+        return cls.from_weights(config, weights, str(path), assign=True)
+
+    def save_pretrained(self, path: str | Path, tokenizer: Any = None, **options: Any) -> None:
+        from . import pretrained
+
+        pretrained.save_pretrained(self, path, tokenizer, **options)
 
     # -- carried values
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from . import checkpoint
 from .block_recurrent_transformer_pytorch import KV, LayerMemory, Memories, States
 from .checks import describe
-from .files import write_tensors
+from .files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
@@ -107,7 +107,7 @@ def read(
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = read_tensors(Path(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is no file of memories and states: {error}") from error
     if model is not None:

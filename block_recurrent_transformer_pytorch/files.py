@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,6 +51,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
         written = Path(file.name)  # perhaps another file than the one that was opened
         written.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
         sync(written)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of the tensors in a file of safetensors."""
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of safetensors, on the CPU, each in memory of its own.
+
+    Own memory is aligned as elsewhere (results stay bitwise equal) and outlives the file. The file is opened anew for
+    each, so that what was copied does not stay mapped, and all of it is not in memory twice.
+    """
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name).clone()
+            return tensor
+
+    return {name: read(name) for name in tensor_names(path)}
 
 
 def sync(path: Path) -> None:
