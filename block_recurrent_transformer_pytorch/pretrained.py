@@ -194,7 +194,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json, of a format that is known."""
     if not (folder / CONFIG).is_file():
         what = f"has no {CONFIG} and no checkpoints" if folder.is_dir() else "is no folder"
-        raise ValueError(f"path: {folder} {what}; give what save_pretrained wrote, or the folder of a run of train.py")
+        raise ValueError(f"{folder} {what}; give what save_pretrained wrote, or the folder of a run of train.py")
     content = read_json(folder / CONFIG)
     if content.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder / CONFIG}: model_type is {content.get('model_type')!r} and not {MODEL_TYPE!r}")
