@@ -1936,13 +1936,8 @@ class BlockRecurrentTransformer(nn.Module):
 
     # -- generation
 
-    def generate(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
-        return generation.generate(self, prime, length, **options)
-
-    def stream(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
-        return generation.stream(self, prime, length, **options)
-
-    generate.__doc__, stream.__doc__ = generation.generate.__doc__, generation.stream.__doc__
+    generate = generation.generate
+    stream = generation.stream
 
     # -- checks
 

@@ -144,7 +144,7 @@ def decoded(tensors: dict[str, Tensor], model: BlockRecurrentTransformer | None)
     try:
         content = json.loads(bytes(tensors[STRUCTURE].tolist()))
         version, structure = int(content["format"]), content["carried"]
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"tensor {STRUCTURE!r} cannot be read: {error}") from error
     if not 1 <= version <= FORMAT:
         raise ValueError(f"format {version} of memories and states is unknown, this version reads 1 to {FORMAT}")
