@@ -3,11 +3,12 @@
     save("book.safetensors", memories, states, model)          # after model(...) or generate(...)
     memories, states = load("book.safetensors", model)         # in another process, another day
 
-A file is one of safetensors: a tensor for each tensor of the values, named by its path ("memories/layers/0/xl/k"), and
-one, `structure`, with the JSON of everything else: classes, numbers and None. Its header holds the fingerprint and the
-options of the config. Nothing that is loaded is executed, and whatever nesting of dicts, lists, tuples and named tuples
-the values are is kept, so that a new kind of memory needs nothing here. `to_tensors` and `from_tensors` do the same for
-files of other makes; `torch.save` and `torch.load` take the values as they are.
+A file is one of safetensors: a tensor for each tensor of the values, named by its path
+("memories/layers/0/past/xl/k"), and one, `structure`, with the JSON of everything else: classes, numbers and None. Its
+header holds the fingerprint and the options of the config. Nothing that is loaded is executed, and whatever nesting of
+dicts, lists, tuples and named tuples the values are is kept, so that a new kind of memory needs nothing here.
+`to_tensors` and `from_tensors` do the same for files of other makes; `torch.save` and `torch.load` take the values as
+they are.
 """
 
 from __future__ import annotations
@@ -19,22 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import checkpoint
-from .block_recurrent_transformer_pytorch import KV, LayerMemory, Memories, States
+from .carried import KV, LayerMemory, Memories, Position, States
 from .checks import describe
 from .files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
 
-FORMAT = 1
+FORMAT = 2
 STRUCTURE = "structure"
-TYPES: tuple[type, ...] = (KV, LayerMemory, Memories, States)
+TYPES: tuple[type, ...] = (KV, LayerMemory, Memories, Position, States)
 
 def save(
     path: str | Path, memories: Memories, states: States, model: BlockRecurrentTransformer, *,
@@ -132,7 +132,7 @@ def check_header(path: str | Path, header: dict[str, str], model: BlockRecurrent
         told = "; ".join(f"{name}={saved[name]} there, {here.get(name)} here" for name in names)
         if type(model.config).from_dict(saved).fingerprint == own:
             return
-    except (AttributeError, LookupError, TypeError, ValueError, BeartypeCallHintViolation):
+    except (AttributeError, LookupError, TypeError, ValueError):
         pass
     raise ValueError(f"{path} is of a model with the fingerprint {theirs}, this model's is {own}: {told}")
 

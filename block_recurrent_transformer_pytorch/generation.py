@@ -15,13 +15,14 @@ import torch
 from beartype import BeartypeConf, beartype
 from torch import Tensor, nn
 
+from .carried import Memories, States, select_rows
 from .checks import check_ids, describe
 from .sampling import Sampler
 
 if TYPE_CHECKING:
-    from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, States
+    from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
 else:
-    BlockRecurrentTransformer, Memories, States = nn.Module, Any, Any
+    BlockRecurrentTransformer = nn.Module
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 Prompts = Tensor | list[Tensor]
@@ -252,12 +253,6 @@ def read(model: BlockRecurrentTransformer, tokens: Tensor, **options: Any) -> tu
     """A call without gradients and without dropout, which leaves the model and its mode alone."""
     with torch.no_grad():
         return model(tokens, use_dropout=False, **options)  # type: ignore[no-any-return]
-
-
-def select_rows(carried: Any, rows: Tensor) -> Any:
-    from .block_recurrent_transformer_pytorch import select_rows as select  # the model imports this room
-
-    return select(carried, rows)
 
 
 def longest(new: Tensor, counts: Tensor, stops: tuple[int, ...]) -> int:

@@ -16,20 +16,17 @@ import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from safetensors import SafetensorError
 from torch import Tensor
 
 from . import checkpoint as checkpoints
 from . import data
-from .block_recurrent_transformer_pytorch import Config
+from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+from .config import Config
 from .files import read_tensors, tensor_names, write_tensors, written_at_once
-
-if TYPE_CHECKING:
-    from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
 
 FORMAT = 1
 MODEL_TYPE = "block_recurrent_transformer"
@@ -126,6 +123,18 @@ def is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
 
 
+def from_pretrained(
+    path: StrPath, *, checkpoint: Which = "best", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> BlockRecurrentTransformer:
+    """The model in a folder, in eval mode. Arguments and errors: see `load_weights`.
+
+    Raises:
+        ValueError: also for weights that are missing, left over, or of another shape; names them.
+    """
+    config, weights = load_weights(path, checkpoint=checkpoint, device=device, dtype=dtype)
+    return BlockRecurrentTransformer.from_weights(config, weights, str(path), take=True)
+
+
 def load_weights(
     path: StrPath, *, checkpoint: Which = "best", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Config, dict[str, Tensor]]:
@@ -185,7 +194,7 @@ def make_config(path: Path, options: Any, num_tensors: int) -> Config:
         if options["depth"] > num_tensors:  # it would not fit in memory
             raise ValueError(f"depth={options['depth']} layers in {num_tensors} tensors")
         return Config.from_dict(options)
-    except (AttributeError, BeartypeCallHintViolation, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{path} holds no config of a model: {type(error).__name__}: {text}") from error
 

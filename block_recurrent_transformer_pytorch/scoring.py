@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_ids, describe
+from .kernels import at_least_fp32
+from .losses import cross_entropy
 
 if TYPE_CHECKING:
-    from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, States
+    from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+    from .carried import Memories, States
 
-LOGITS_AT_ONCE = 2**23  # numbers of the largest matrix of logits that exists at a time
 Scores = Tensor | list[Tensor]
 
 
@@ -115,18 +117,8 @@ def read(
             padded[:, start:stop], xl_memories=memories, states=states, lengths=lengths, return_hidden=True,
             use_dropout=False,
         )  # fmt: skip
-        found.append(log_probabilities(model, hidden, padded[:, start + 1 : stop + 1]))
+        targets = padded[:, start + 1 : stop + 1]
+        found.append(
+            -cross_entropy(model.logits, hidden, targets, reduction="none", num_tokens=model.config.num_tokens)
+        )
     return [row[:count] for row, count in zip(torch.cat(found, dim=1), counts)], memories, states
-
-
-def log_probabilities(model: BlockRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Hidden states (b, n, d) and the tokens that follow them (b, n) -> (b, n)."""
-    size = max(1, LOGITS_AT_ONCE // model.config.num_tokens)
-    parts = []
-    for rows, wanted in zip(torch.split(hidden.flatten(0, 1), size), torch.split(targets.flatten(), size)):
-        parts.append(-F.cross_entropy(at_least_fp32(model.logits(rows)), wanted, reduction="none"))
-    return torch.cat(parts).view(targets.shape)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -154,7 +154,8 @@ class Noted(NamedTuple):
 def test_a_kind_of_memory_of_ones_own(monkeypatch):
     """Its class is found in the model's empty memories, and nothing here needs to know it."""
     memories, states = carried_by(MODEL)
-    layer = memories.layers[0]._replace(compressed={"own": Noted(torch.arange(3), 2), "kv": memories.layers[0].xl})
+    past = {**memories.layers[0].past, "noted": Noted(torch.arange(3), 2)}
+    layer = memories.layers[0]._replace(past=past)
     memories = memories._replace(layers=(layer, *memories.layers[1:]))
     tensors = to_tensors(memories, states)
     with pytest.raises(ValueError, match="Noted"):
@@ -231,7 +232,7 @@ def test_the_names_of_version_1_0_0_become_those_of_format_2():
     name, memories = renamed["memories"]["$namedtuple"]
     assert (name, set(memories)) == ("Memories", {"layers", "position"})
     name, position = memories["position"]["$namedtuple"]
-    assert name == "Position" and position["full_blocks"] == 0
+    assert name == "Position" and position["full_blocks"] == 0 and position["known"] is None
     assert position["offset"] == {"$tensor": "memories/place"}
     assert position["extra_blocks"] == {"$tensor": "memories/ahead"}
     for index, layer in enumerate(memories["layers"]["$tuple"]):

@@ -35,7 +35,7 @@ GREEDY = ("--temperature", "0", "--max-new-tokens", "9")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("generate")
-    MODEL.save_pretrained(path / "model", ByteTokenizer())
+    MODEL.save_pretrained(path / "model", tokenizer=ByteTokenizer())
     (path / "book.txt").write_bytes(BOOK)
     return path
 

@@ -124,7 +124,7 @@ def test_what_is_carried_is_what_was_read(variant):
     new, *carried = generate(model, prompt, 10, return_memories_and_states=True)
     with torch.no_grad():
         read = model(torch.cat((prompt, new[:, :-1]), dim=1))[1:]
-    assert carried[0].place == read[0].place == 14 % 4
+    assert carried[0].position.offset == read[0].position.offset == 14 % 4
     same_carried(tuple(carried), read)
 
 
@@ -177,8 +177,9 @@ def test_a_row_that_stopped_reads_nothing_more():
     for i, end in enumerate(ends):
         _, *alone = generate(model, prompt[i : i + 1], end, return_memories_and_states=True)
         row = torch.tensor([i])
-        place = memories.place if isinstance(memories.place, int) else int(memories.place[i])
-        assert place == alone[0].place
+        offset = memories.position.offset
+        place = offset if isinstance(offset, int) else int(offset[i])
+        assert place == alone[0].position.offset
         one = select_rows(memories, row), select_rows(states, row)
         logits = [model(prompt[:1], xl_memories=m, states=s)[0] for m, s in (one, alone)]
         assert_same(*logits, 1e-9)
@@ -260,7 +261,7 @@ def test_several_continuations_with_length_and_memories():
         rows, 9, temperature=0, num_return_sequences=2, return_memories_and_states=True
     )
     assert new.shape == (4, 6)
-    assert states.layers[0].shape[0] == memories.layers[0].xl.k.shape[0] == 4
+    assert states.layers[0].shape[0] == memories.layers[0].past["xl"].k.shape[0] == 4
     assert torch.equal(new[::2], new[1::2])
 
 

@@ -205,7 +205,7 @@ CHANGES: dict[str, tuple[dict, object]] = {
 }
 DROPOUTS = [field.name for field in fields(Config) if field.name.endswith("dropout")]
 SPEED = {"use_flash_attn": True, "use_checkpointing": True}
-ELSEWHERE = {"num_tokens", "max_seq_len", "ignore_index", "init", *DROPOUTS, *SPEED}  # not about what a model computes
+ELSEWHERE = {"num_tokens", "max_seq_len", "ignore_index", "init", "extra_memories", "gate_options", *DROPOUTS, *SPEED}  # not about what a model computes
 
 
 def pair_of_models(

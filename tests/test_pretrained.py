@@ -19,16 +19,16 @@ from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Confi
 from block_recurrent_transformer_pytorch.data import ByteTokenizer, FileTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import evaluate  # noqa: E402
-import train  # noqa: E402
-
 OPTIONS = {
     "num_tokens": VOCABULARY, "dim": 8, "depth": 3, "dim_head": 4, "heads": 2, "ff_dim": 6, "max_seq_len": 8,
     "block_width": 4, "recurrent_layers": (2,), "num_state_vectors": 2,
 }  # fmt: skip
 MODEL = random_model(Config(**OPTIONS))
+
+
+def plain(config: Config) -> dict:
+    """The options of a config as a JSON file has them."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -56,11 +56,11 @@ def test_a_model_comes_back(options, max_shard_size, tmp_path):
 
 
 def test_the_layout_is_that_of_transformers(tmp_path):
-    MODEL.save_pretrained(tmp_path, ByteTokenizerOf11())
+    MODEL.save_pretrained(tmp_path, tokenizer=ByteTokenizerOf11())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     content = json.loads((tmp_path / "config.json").read_text())
     assert content["format"] == 1 and content["tokenizer"] == "bytes"
-    assert {name: content[name] for name in asdict(MODEL.config)} == json.loads(json.dumps(asdict(MODEL.config)))
+    assert {name: content[name] for name in asdict(MODEL.config)} == plain(MODEL.config)
     MODEL.save_pretrained(tmp_path, max_shard_size=3000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("model*.safetensors"))
@@ -96,7 +96,7 @@ def test_on_a_device(tmp_path):
 def test_the_loaded_tensors_become_the_parameters(monkeypatch):
     """Not copies of them; and those of a state dict that a user gives stay the user's."""
     weights = {name: value.clone() for name, value in MODEL.state_dict().items()}
-    taken = BlockRecurrentTransformer.from_weights(MODEL.config, weights, assign=True)
+    taken = BlockRecurrentTransformer.from_weights(MODEL.config, weights, take=True)
     copied = BlockRecurrentTransformer.from_weights(MODEL.config, weights)
     for name, parameter in taken.named_parameters():
         assert parameter.data_ptr() == weights[name].data_ptr()
@@ -127,7 +127,7 @@ def test_weights_are_not_in_memory_twice(kind, tmp_path):
         model = BlockRecurrentTransformer(config)
     model = model.to_empty(device="cpu")
     if kind == "run":
-        metadata = {"model_config": asdict(config)}
+        metadata = {"model_config": plain(config)}
         folder = tmp_path / "large" / "checkpoints"
         checkpoint.save(folder, tensors={"model": model.state_dict()}, metadata=metadata, step=1, metric=1.0)
     else:
@@ -163,7 +163,7 @@ def test_a_folder_that_was_not_finished_is_none(tmp_path, monkeypatch):
 
 def test_bytes(tmp_path):
     model = BlockRecurrentTransformer(**{**OPTIONS, "num_tokens": 256})
-    model.save_pretrained(tmp_path, ByteTokenizer())
+    model.save_pretrained(tmp_path, tokenizer=ByteTokenizer())
     assert isinstance(pretrained.load_tokenizer(tmp_path), ByteTokenizer)
 
 
@@ -178,7 +178,7 @@ def file_tokenizer(folder: Path) -> FileTokenizer:
 
 def test_a_tokenizer_file_is_kept_as_it_was(tmp_path):
     tokenizer = file_tokenizer(tmp_path)
-    MODEL.save_pretrained(tmp_path / "saved", tokenizer)
+    MODEL.save_pretrained(tmp_path / "saved", tokenizer=tokenizer)
     (tmp_path / "made.json").unlink()
     again = pretrained.load_tokenizer(tmp_path / "saved")
     assert again.fingerprint == tokenizer.fingerprint
@@ -190,9 +190,9 @@ def test_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="without a tokenizer"):
         pretrained.load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"256 tokens, the model num_tokens=11"):
-        MODEL.save_pretrained(tmp_path, ByteTokenizer())
+        MODEL.save_pretrained(tmp_path, tokenizer=ByteTokenizer())
     with pytest.raises(ValueError, match="not object"):
-        MODEL.save_pretrained(tmp_path, type("object", (), {"num_tokens": 3})())
+        MODEL.save_pretrained(tmp_path, tokenizer=type("object", (), {"num_tokens": 3})())
 
 
 # --------------------------------------------------------------------------------------------------------------- strict
@@ -279,39 +279,54 @@ def test_arguments(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- a run
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a run of train.py that was validated once, before its last steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
-    flags = [
-        *("--preset", "tiny", "--steps", "4", "--valid-every", "2", "--checkpoint-every", "2", "--final-batches", "1"),
-        *("--data", str(folder / "text.txt"), "--cache", str(folder / "cache"), "--out", str(folder / "run")),
-        *("--sample", "0", "--threads", "1", "--device", "cpu"),
-    ]
-    assert train.main(flags) == 0
-    return folder / "run"
+@pytest.fixture
+def run(tmp_path):
+    """A folder as train.py leaves it: the checkpoint with the lowest loss is not the last one."""
+    options = {**OPTIONS, "num_tokens": 256}
+    for step, metric in ((2, 1.5), (4, 2.5)):
+        tensors = {"model": random_model(Config(**options), seed=step).state_dict(), "optimizer": {"step": step}}
+        metadata = {"model_config": plain(Config(**options))}
+        checkpoint.save(tmp_path / "run/checkpoints", tensors=tensors, metadata=metadata, step=step, metric=metric)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"options": {"dim": 8, "tokenizer": None}}))
+    return tmp_path / "run"
 
 
 def test_the_best_and_the_last_checkpoint_of_a_run(run):
-    for which, path in (("best", checkpoint.best(run / "checkpoints")), ("last", run / "checkpoints/step-00000004")):
+    for which, step in (("best", 2), ("last", 4)):
         model = BlockRecurrentTransformer.from_pretrained(run, checkpoint=which)
-        weights = checkpoint.load(path, only=["model"]).tensors["model"]
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-        same_weights(model, evaluate.load_model(run, which, "cpu"))
+        same_weights(model, random_model(model.config, seed=step))
+    same_weights(BlockRecurrentTransformer.from_pretrained(run), random_model(model.config, seed=2))
     assert isinstance(pretrained.load_tokenizer(run), ByteTokenizer)
+
+
+def test_a_run_of_train(tmp_path, monkeypatch):
+    """Its model, as evaluate.py loads it, and its tokenizer."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import evaluate
+    import train
+
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    flags = [
+        *("--preset", "tiny", "--steps", "4", "--valid-every", "2", "--checkpoint-every", "2", "--final-batches", "1"),
+        *("--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")),
+        *("--sample", "0", "--threads", "1", "--device", "cpu"),
+    ]
+    assert train.main(flags) == 0
+    for which in ("best", "last"):
+        model = BlockRecurrentTransformer.from_pretrained(tmp_path / "run", checkpoint=which)
+        same_weights(model, evaluate.load_model(tmp_path / "run", which, "cpu"))
+    assert isinstance(pretrained.load_tokenizer(tmp_path / "run"), ByteTokenizer)
 
 
 def test_from_a_run_to_a_saved_model(run, tmp_path):
     model = BlockRecurrentTransformer.from_pretrained(run)
-    model.save_pretrained(tmp_path, pretrained.load_tokenizer(run))
-    same_weights(BlockRecurrentTransformer.from_pretrained(tmp_path), model)
+    model.save_pretrained(tmp_path / "saved", tokenizer=pretrained.load_tokenizer(run))
+    same_weights(BlockRecurrentTransformer.from_pretrained(tmp_path / "saved"), model)
     with pytest.raises(ValueError, match="folder of a run"):
         model.save_pretrained(run)
 
 
 def test_runs_that_cannot_be_read(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         shutil.rmtree(path)
     for which, words in (("best", "'last' needs no loss"), ("last", "no checkpoint in")):
@@ -327,9 +342,8 @@ def test_runs_that_cannot_be_read(run, tmp_path):
         pretrained.load_tokenizer(tmp_path / "run")
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    newest = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1]
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(run):
+    newest = checkpoint.checkpoints(run / "checkpoints")[-1]
     (newest / "model.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match=newest.name):
-        BlockRecurrentTransformer.from_pretrained(tmp_path / "run", checkpoint="last")
+        BlockRecurrentTransformer.from_pretrained(run, checkpoint="last")

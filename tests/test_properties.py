@@ -19,13 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
 from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
-from block_recurrent_transformer_pytorch.block_recurrent_transformer_pytorch import (
-    Memories,
-    States,
-    detach,
-    forget_rows,
-    select_rows,
-)
+from block_recurrent_transformer_pytorch.carried import Memories, States, detach, forget_rows, select_rows
 
 OPTIONS = config_options()
 TOLERANCE = 1e-9
@@ -287,9 +281,9 @@ def test_what_follows_from_the_rest_can_be_left_out(options: dict, data: st.Data
     before, after = length(data, model.config), length(data, model.config, 2)
     tokens = random_stream(2, before + after)
     _, memories, states = model(tokens[:, :before])
-    layers = tuple(layer._replace(window=None) for layer in memories.layers)
+    layers = tuple(layer._replace(ready=None) for layer in memories.layers)
     expected = model(tokens[:, before:], xl_memories=memories, states=states)
-    out = model(tokens[:, before:], xl_memories=memories._replace(layers=layers), states=states._replace(views=None))
+    out = model(tokens[:, before:], xl_memories=memories._replace(layers=layers), states=states._replace(kv=None))
     for row in range(2):
         assert_row_is(model, out, row, expected, row)
 
@@ -400,7 +394,7 @@ def test_what_is_carried_never_grows(options: dict, data: st.DataObject) -> None
     width = model.config.block_width
 
     def shapes(memories: Memories, states: States) -> tuple:
-        parts = [(layer.xl, layer.block, layer.compressed) for layer in memories.layers]
+        parts = [(layer.past, layer.block) for layer in memories.layers]
         return [x.shape for x in everything(parts)], [x.shape for x in everything(states.layers)]
 
     memories, states = model.init_memories(2), model.init_states(2)
@@ -409,12 +403,12 @@ def test_what_is_carried_never_grows(options: dict, data: st.DataObject) -> None
     for n in data.draw(st.lists(st.integers(1, 3 * width), min_size=1, max_size=5), label="lengths of calls"):
         _, memories, states = model(random_stream(2, n), xl_memories=memories, states=states)
         assert shapes(memories, states) == expected
-        if memories.place:
-            now = [x.shape for x in everything([layer.window for layer in memories.layers], states.views)]
+        if memories.position.offset:
+            now = [x.shape for x in everything([layer.ready for layer in memories.layers], states.kv)]
             derived = derived or now
             assert now == derived
         numbers = [value for value in tree_flatten((memories, states))[0] if not isinstance(value, Tensor)]
-        assert all(0 <= value <= width + model.config.reach for value in numbers if value is not None)
+        assert all(0 <= value <= width + model.reach for value in numbers if value is not None)
 
 
 # -------------------------------------------------------------------------------------------------- states and memories
@@ -558,7 +552,7 @@ def test_memories_given_away_serve_as_well(options: dict, is_ragged: bool, data:
         )
         assert torch.equal(got, expected)
         assert all(torch.equal(one, other) for one, other in zip(tensors(overwritten), tensors(copied)))
-        if int(torch.as_tensor(overwritten[0].place).min()) > 1:
+        if int(torch.as_tensor(overwritten[0].position.offset).min()) > 1:
             assert overwritten[0].layers[0].block.k is given  # and no copy was made
 
 
@@ -590,7 +584,7 @@ def test_every_field_of_a_memory_has_its_part_in_all_that_happens_to_it() -> Non
     memories = memories._replace(layers=tuple(Extended(*layer) for layer in memories.layers))
     rows = torch.tensor([True, False])
     _, later, _ = model(random_stream(2, 7), xl_memories=memories, states=states, reset=rows)
-    for after in (later, module.forget_rows(memories, rows)):
+    for after in (later, forget_rows(memories, rows)):
         assert all(getattr(layer, "note", "lost") == "kept" for layer in after.layers)
 
 

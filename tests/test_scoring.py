@@ -11,7 +11,7 @@ from oracle import assert_same
 from strategies import VOCABULARY, random_model, random_stream
 from torch import Tensor
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, scoring
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, losses
 from block_recurrent_transformer_pytorch.scoring import score
 
 OPTIONS = {
@@ -59,7 +59,7 @@ def test_documents_of_many_lengths(rows, segment):
 
 def test_chunks_of_logits_change_nothing(monkeypatch):
     wanted = score(MODEL, documents())
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 3 * VOCABULARY)
     for one, other in zip(score(MODEL, documents()), wanted):
         assert_same(one, other, 1e-10)
 
@@ -121,7 +121,7 @@ def test_memory_is_flat(monkeypatch):
         MODEL.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0].shape[1])),
         MODEL.to_logits.register_forward_hook(lambda _, __, out: sizes.append(len(out))),
     ]
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * VOCABULARY)
     score(MODEL, random_stream(2, 101), segment=20)
     for handle in handles:
         handle.remove()
