@@ -77,10 +77,10 @@ def make_parser() -> argparse.ArgumentParser:
 class Past(NamedTuple):
     """Where the stream stands."""
 
-    memories: Memories | None = None
-    states: States | None = None
-    seen: Tensor | None = None  # which tokens were read, (1, num_tokens) bool
-    unread: tuple[int, ...] = ()  # tokens that are there, but not in the memories yet
+    memories: Memories | None
+    states: States | None
+    seen: Tensor | None  # which tokens are in the memories, (1, num_tokens) bool
+    unread: list[int]  # those that came after them
 
 
 class Reader:
@@ -89,22 +89,24 @@ class Reader:
     def __init__(self, model: BlockRecurrentTransformer, past: Past, generator: torch.Generator) -> None:
         self.model, self.past, self.generator = model, past, generator
 
-    def ids(self, tokens: Iterable[int]) -> Tensor:
-        return torch.tensor([list(tokens)], device=self.model.token_emb.weight.device)  # (1, n)
+    def ids(self, tokens: list[int]) -> Tensor:
+        return torch.tensor([tokens], device=self.model.token_emb.weight.device)  # (1, n)
 
-    def seen_with(self, tokens: Iterable[int]) -> Tensor:
+    def seen_with(self, tokens: list[int]) -> Tensor | None:
+        if not tokens:
+            return self.past.seen
         seen = seen_tokens(self.model.config.num_tokens, self.ids(tokens))
         return seen if self.past.seen is None else seen | self.past.seen
 
-    def after(self, tokens: tuple[int, ...], unread: tuple[int, ...] = ()) -> Past:
-        """The past with these tokens in the memories, and those waiting."""
-        if not tokens:
-            return self.past._replace(unread=unread)
-        with torch.no_grad():
+    @torch.no_grad()
+    def after(self, tokens: list[int], unread: list[int]) -> Past:
+        """The past once these tokens are in the memories and those come after them."""
+        memories, states = self.past.memories, self.past.states
+        for start in range(0, len(tokens), READ_AT_ONCE):
+            part = self.ids(tokens[start : start + READ_AT_ONCE])
             _, memories, states = self.model(
-                self.ids(tokens), xl_memories=self.past.memories, states=self.past.states, logits_to_keep=1,
-                use_dropout=False,
-            )  # fmt: skip
+                part, xl_memories=memories, states=states, logits_to_keep=1, use_dropout=False
+            )
         return Past(memories, states, self.seen_with(tokens), unread)
 
     def read(self, tokens: list[int], name: str) -> None:
@@ -112,13 +114,13 @@ class Reader:
         pause = 0.5 if sys.stderr.isatty() else 15
         with tqdm(total=len(tokens), desc=name, unit="token", unit_scale=True, mininterval=pause) as bar:
             for start in range(0, len(tokens), READ_AT_ONCE):
-                part = (*self.past.unread, *tokens[start : start + READ_AT_ONCE])
+                part = [*self.past.unread, *tokens[start : start + READ_AT_ONCE]]
                 self.past = self.after(part[:-1], part[-1:])
                 bar.update(min(READ_AT_ONCE, len(tokens) - start))
 
     def answer(self, prompt: list[int], **options: Any) -> Iterator[int]:
         """Continues the stream with a prompt and with tokens of the model's, which are yielded."""
-        self.past = self.past._replace(unread=(*self.past.unread, *prompt))
+        self.past.unread.extend(prompt)
         steps = self.model.stream(
             self.ids(self.past.unread), xl_memories=self.past.memories, states=self.past.states,
             previous=self.past.seen, generator=self.generator, **options,
@@ -128,13 +130,13 @@ class Reader:
                 token = int(next(steps))
             except StopIteration as end:
                 (memories, states), (*read, last) = end.value, self.past.unread
-                self.past = Past(memories, states, self.seen_with(read), (last,))
+                self.past = Past(memories, states, self.seen_with(read), [last])
                 return
-            self.past = self.past._replace(unread=(*self.past.unread, token))
+            self.past.unread.append(token)
             yield token
 
     def save(self, path: str) -> None:
-        past = self.after(self.past.unread)
+        past = self.after(self.past.unread, [])
         if past.memories is not None and past.states is not None:
             carried_files.save(path, past.memories, past.states, self.model, previous=past.seen)
             print(f"memories and states saved to {path}", file=sys.stderr)
@@ -182,17 +184,18 @@ def check_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def load_past(path: str | None, model: BlockRecurrentTransformer) -> Past:
     """What an earlier call kept; nothing where there is no file yet."""
+    nothing = Past(None, None, None, [])
     if path is None:
-        return Past()
+        return nothing
     if Path(path).is_dir() or Path(path).absolute().parent.is_file():
         raise ValueError(f"{path} is no place for a file")
     if not Path(path).exists():
-        return Past()
+        return nothing
     memories, states = carried_files.load(path, model)
     rows = len(next(leaf for leaf in tree_leaves(memories) if isinstance(leaf, Tensor)))
     if rows != 1:
         raise ValueError(f"{path} holds {rows} rows, this command reads one stream")
-    return Past(memories, states, carried_files.load_previous(path, model))
+    return Past(memories, states, carried_files.load_previous(path, model), [])
 
 
 def prompts(given: str | None) -> Iterator[str]:

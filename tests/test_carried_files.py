@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import test_extending as extending
 import torch
 from hypothesis import given, settings
 from oracle import assert_same
@@ -163,6 +164,15 @@ def test_a_kind_of_memory_of_ones_own(monkeypatch):
     model = random_model(MODEL.config)
     monkeypatch.setattr(model, "init_memories", lambda batch: memories)
     assert_exact(from_tensors(tensors, model), (memories, states))
+
+
+def test_a_registered_kind_of_memory(tmp_path):
+    model = random_model(Config(**extending.SIZES, **extending.EXTRA))
+    carried = carried_by(model, RAGGED)
+    save(tmp_path / "book", *carried, model)
+    assert_exact(load(tmp_path / "book", model), carried)
+    with pytest.raises(ValueError, match="extra_memories="):
+        load(tmp_path / "book", random_model(Config(**extending.SIZES)))
 
 
 # ---------------------------------------------------------------------------------------------------------- bad files

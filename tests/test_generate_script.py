@@ -227,7 +227,7 @@ def test_ctrl_c_in_a_book_keeps_what_was_read(call, folder, tmp_path, monkeypatc
     monkeypatch.setattr(generate, "READ_AT_ONCE", 10)
     whole, parts = generate.Reader.after, []
 
-    def interrupted(self, tokens, unread=()):
+    def interrupted(self, tokens, unread):
         parts.append(tokens)
         if len(parts) == 4:
             raise KeyboardInterrupt

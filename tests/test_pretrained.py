@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import test_extending as extending
 import torch
 from safetensors.torch import load_file, save_file
 from strategies import VOCABULARY, random_model, random_stream
@@ -53,6 +54,15 @@ def test_a_model_comes_back(options, max_shard_size, tmp_path):
         assert torch.equal(loaded(x)[0], model(x)[0])
     loaded(x, return_loss=True)[0].backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters() if parameter.requires_grad)
+
+
+def test_gates_and_memories_of_ones_own(tmp_path):
+    options = {"gate": "test_hard", "gate_options": {"slope": 2.0}}
+    model = random_model(Config(**extending.SIZES, **extending.EXTRA, **options))
+    model.save_pretrained(tmp_path)
+    loaded = BlockRecurrentTransformer.from_pretrained(tmp_path)
+    assert loaded.config == model.config and loaded.config.fingerprint == model.config.fingerprint
+    same_weights(loaded, model)
 
 
 def test_the_layout_is_that_of_transformers(tmp_path):
