@@ -1,8 +1,8 @@
 """On a GPU nothing is read back, and no tensor built on the host, from call to call: counted on a fake one.
 
 `FakeTensorMode` knows shapes, types and devices, and holds no numbers: a read from the device is an error there, and so
-is an operation on tensors of two devices. A device that is not there changes PyTorch for the whole process: test_host_reads.py runs this
-file in one of its own.
+is an operation on tensors of two devices. A device that is not there changes PyTorch for the whole process, so that
+test_host_reads.py runs this file in one of its own.
 """
 
 from __future__ import annotations
