@@ -15,7 +15,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -142,10 +142,13 @@ class Reader:
             print(f"memories and states saved to {path}", file=sys.stderr)
 
 
-def texts(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come. What may be the beginning of a character waits for the rest of it."""
-    held: list[int] = []
-    done = 0  # tokens of `held` that were told, of which the last decide how the next ones are written
+def texts(tokenizer: Tokenizer, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of tokens as they come. What may be the beginning of a character waits for the rest of it.
+
+    `before` are the last tokens in front of them: some tokenizers put a space between words and not before the first.
+    """
+    held = [] if tokenizer.decode(before).endswith("\ufffd") else list(before)
+    done = len(held)  # tokens of `held` that were told, of which the last decide how the next ones are written
     for token in tokens:
         held.append(token)
         told, text = tokenizer.decode(held[:done]), tokenizer.decode(held)
@@ -245,7 +248,7 @@ def converse(options: argparse.Namespace, sampling: dict[str, Any], reader: Read
             if options.prompt is not None:
                 raise ValueError("--prompt is empty, and no token before it waits to be continued")
             continue
-        for text in texts(tokenizer, reader.answer(ids, **sampling)):
+        for text in texts(tokenizer, reader.answer(ids, **sampling), ids[-1:]):
             print(text, end="", flush=True)
         print(flush=True)
 

@@ -154,7 +154,8 @@ def test_characters_come_whole(text):
 
 @given(st.binary(max_size=30))
 def test_bytes_that_are_no_text_are_replaced(tokens):
-    assert "".join(generate.texts(ByteTokenizer(), tokens)) == tokens.decode("utf-8", "replace")
+    for before in (b"", b"a", "é".encode()[-1:]):
+        assert "".join(generate.texts(ByteTokenizer(), tokens, before)) == tokens.decode("utf-8", "replace")
 
 
 def test_text_comes_as_soon_as_it_can():
@@ -168,6 +169,19 @@ def test_text_comes_as_soon_as_it_can():
 
     seen = [(piece, len(consumed)) for piece in generate.texts(ByteTokenizer(), feed()) if piece]
     assert seen == [("a", 1), ("é", 3), ("€", 6), ("𐍈", 10), ("b", 11)]
+
+
+@pytest.mark.parametrize("before", ["", "to", "é", "to be"])
+def test_words_keep_their_spaces(before, tmp_path):
+    """Of a tokenizer that writes the spaces between words itself."""
+    library = pytest.importorskip("tokenizers")
+    words = {word: index for index, word in enumerate(["to", "be", "or", "not", "é"])}
+    made = library.Tokenizer(library.models.WordLevel(words, unk_token="to"))
+    made.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, ids = FileTokenizer(tmp_path / "tokenizer.json"), [words[word] for word in before.split()]
+    pieces = list(generate.texts(tokenizer, [2, 3, 0, 1], ids[-1:]))
+    assert before + "".join(pieces) == f"{before} or not to be".strip()
 
 
 def test_characters_of_a_tokenizer_file(tmp_path):
@@ -207,7 +221,7 @@ def same_stream(path: Path, text: bytes) -> None:
 def test_ctrl_c_in_an_answer_keeps_what_was_said(call, tmp_path, monkeypatch):
     whole, said = generate.texts, []
 
-    def interrupted(tokenizer, tokens):
+    def interrupted(tokenizer, tokens, before):
         def some():
             for token in tokens:
                 said.append(token)
@@ -215,7 +229,7 @@ def test_ctrl_c_in_an_answer_keeps_what_was_said(call, tmp_path, monkeypatch):
                     raise KeyboardInterrupt
                 yield token
 
-        yield from whole(tokenizer, some())
+        yield from whole(tokenizer, some(), before)
 
     monkeypatch.setattr(generate, "texts", interrupted)
     status, _, err = call("--prompt", "the whale", "--memory", tmp_path / "memory", *GREEDY)
