@@ -11,9 +11,9 @@ Every document is read from its first token to its last, in four ways:
     neither              a block sees nothing but itself
 
 The differences measure DEPENDENCE, not worth: how much worse this model gets when what it learned to rely on is taken
-from it. A model that never had states would have learned to do without. What states are worth is the difference to such
-a model, trained alike: `train.py --reset-states-every-block` trains one of the same parameters, and its "state reset" is
-the figure to compare this run's "carried" with.
+from it. A model that never had states would have learned to do without. What states are worth is the difference to
+such a model, trained alike: `train.py --reset-states-every-block` trains one of the same parameters, and its "state
+reset" is the figure to compare this run's "carried" with.
 
 It prints a table with 95 % bootstrap intervals, and bits per byte by position in the document, and writes them with a
 figure and one line a document to DIR/evaluation: table.txt, positions.csv, documents.csv, positions.png.

@@ -242,11 +242,13 @@ class Segments(nn.Module):
         """The summed cross-entropy in nats, and memories and states after the last segment, with `cut` detached."""
         nats = []
         for segment in segments:
-            reset, drops = segment.reset if memories else None, (segment.forget, segment.reset_states)
+            reset, forget, reset_states = segment.reset if memories else None, segment.forget, segment.reset_states
+            if self.resets_every_block:
+                reset_states = torch.ones_like(reset_states)
             for x, count, _ in self.wrapper.parts(segment.x):  # one, or one for each block
-                loss, memories, states = self.wrapper.step(x, memories, states, reset, drops)
+                loss, memories, states = self.wrapper.step(x, memories, states, reset, (forget, reset_states))
                 nats.append(loss * count)
-                reset, drops = None, (None, torch.ones_like(segment.reset_states))
+                reset = forget = None
         if cut:
             memories, states = memories and detach(memories), states and detach(states)
         return torch.stack(nats).sum(), memories, states
@@ -580,7 +582,7 @@ def train(options: argparse.Namespace, processes: Processes) -> int:
             write_config(run)
             (path / "checkpoints").mkdir(exist_ok=True)
         describe(run)
-        log = Log(path, after_step=run.step, enabled=processes.is_first)
+        log = Log(path, after_step=run.step, last_step=options.steps, enabled=processes.is_first)
         with runs.listening(run.signals, quiet=not processes.is_first), closing(log):
             complete = loop(run, log)
         if not complete:

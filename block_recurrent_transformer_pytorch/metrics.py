@@ -24,10 +24,10 @@ class Log:
     """metrics.jsonl, timing.jsonl and TensorBoard in the folder of a run; silent where `enabled` is not set.
 
     metrics.jsonl depends on the options alone: two equal runs, or a run that was stopped and went on, write the same.
-    Lines of later steps than the one that the run goes on after are removed.
+    Lines of later steps than the one that the run goes on after are removed, and the final figure of an earlier end.
     """
 
-    def __init__(self, folder: Path, *, after_step: int, enabled: bool) -> None:
+    def __init__(self, folder: Path, *, after_step: int, last_step: int, enabled: bool) -> None:
         self.metrics: Any = None
         self.timing: Any = None
         self.board: Any = None
@@ -35,7 +35,7 @@ class Log:
         if not enabled:
             return
         for name in ("metrics.jsonl", "timing.jsonl"):
-            cut_after(folder / name, after_step)
+            cut_after(folder / name, after_step, last_step)
             (folder / name).touch()
         self.metrics = (folder / "metrics.jsonl").open("r+b")
         self.timing = (folder / "timing.jsonl").open("a")
@@ -107,16 +107,20 @@ def as_json(values: dict[str, Any]) -> str:
     return json.dumps(plain)
 
 
-def cut_after(path: Path, step: int) -> None:
+def cut_after(path: Path, step: int, last_step: int) -> None:
     """Removes the lines of later steps, and one that was cut off, from a file of a run that goes on after `step`."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, LookupError, TypeError):
+            values = json.loads(line)
+            if values["step"] > step:
+                continue
+            if values["step"] < last_step:
+                values.pop("final_bits_per_byte", None)
+            kept.append(as_json(values) + "\n")
+        except (ValueError, LookupError, TypeError, AttributeError):
             continue
     with written_at_once(path) as file:
         file.write("".join(kept).encode())
