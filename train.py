@@ -65,8 +65,8 @@ from block_recurrent_transformer_pytorch.files import written_at_once
 from block_recurrent_transformer_pytorch.flags import gradient_depth, model_config, parse
 from block_recurrent_transformer_pytorch.metrics import Log, draw_curve, show
 
-LONGEST_SKIP = 100  # steps without a finite gradient, one behind the other, that end a run
-MANY_EPOCHS = 50  # of which a warning tells
+LONGEST_SKIP = 100  # steps without a finite gradient, in a row, that end a run
+MANY_EPOCHS = 50  # from which on there is a warning
 
 # ------------------------------------------------------------------------------------------------------------- 1 a run
 
@@ -86,6 +86,7 @@ class Run:
     train: data.Corpus
     valid: data.Corpus
     sample: data.Corpus  # of the validation text: what is measured while training
+    final: data.Corpus  # of it, or all of it: what is measured at the end
     tokenizer: data.Tokenizer
     rows: range  # those of this process, of all rows of a batch
     batches: data.ReadAhead
@@ -156,12 +157,13 @@ def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
                               warmup=min(options.warmup, options.steps))  # fmt: skip
     stream = data.DocumentStream(train, batch=options.batch, segment=options.segment, seed=options.seed,
                                  rank=processes.rank, world=processes.size)  # fmt: skip
-    batches = data.ReadAhead(stream, options.step_segments, pin=processes.device.type == "cuda")
-    sample = valid.spread(options.batch, options.valid_batches * options.segment)
+    reader = data.ReadAhead(stream, options.step_segments, pin=processes.device.type == "cuda")
+    sample, final = (valid if not batches else valid.spread(options.batch, batches * options.segment)
+                     for batches in (options.valid_batches, options.final_batches))  # fmt: skip
     carried: list[tuple[Memories | None, States | None]] = [(None, None)] * options.accumulate
     checkpoint.seed_everything(options.seed, 0, processes.rank)
-    return Run(options, processes, path, model, segments, loss, optimizer, schedule, train, valid, sample, tokenizer,
-               stream.rows, batches, generator, optim.LossScale(options.precision == "fp16"), carried)  # fmt: skip
+    return Run(options, processes, path, model, segments, loss, optimizer, schedule, train, valid, sample, final,
+               tokenizer, stream.rows, reader, generator, optim.LossScale(options.precision == "fp16"), carried)  # fmt: skip
 
 
 def build_model(options: argparse.Namespace, processes: Processes, num_tokens: int) -> BlockRecurrentTransformer:
@@ -185,24 +187,24 @@ def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) ->
 def take_weights(run: Run) -> None:
     """Begins with the weights that --init names."""
     config, weights = runs.load_weights(Path(run.options.init))
-    other = [f"{name}={now} instead of {then}" for name, then, now in different(asdict(config), run.model.config)]
+    other = differences(config, run.model.config)
     try:
         dtype = run.model.token_emb.weight.dtype
         distributed.load_full_state(run.model, {name: weight.to(dtype) for name, weight in weights.items()})
     except ValueError as error:
         raise ValueError(
-            f"--init {run.options.init}: {error}; this model has {', '.join(other) or 'other weights'}. Leave away the "
-            "flags that change the model, and give the same --tokenizer; to go on with a run there is --resume"
+            f"--init {run.options.init}: {error}; this model has {other or 'other weights'}. Leave out the flags that "
+            "change the model, and give the same --tokenizer; to go on with a run there is --resume"
         ) from error
-    changed = f", with {', '.join(other)}" if other else ""
-    run.processes.say(f"weights: from {run.options.init}{changed}")
+    run.processes.say(f"weights: from {run.options.init}{other and ', but with '}{other}")
 
 
-def different(then: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
-    """The options that decide what weights and memories are, where they are not the same: name, then, now."""
-    free = {"max_seq_len", "ignore_index", "use_flash_attn", "use_checkpointing", "init"}
-    return [(name, then.get(name), now) for name, now in json.loads(json.dumps(asdict(config))).items()
-            if name not in free and json.loads(json.dumps(then.get(name, now))) != now]  # fmt: skip
+def differences(then: Config, now: Config) -> str:
+    """The options that change what weights and memories are or mean; empty if there are none."""
+    if then.fingerprint == now.fingerprint:
+        return ""
+    pairs = [(name, value, getattr(then, name)) for name, value in asdict(now).items()]
+    return ", ".join(f"{name}={value} instead of {was}" for name, value, was in pairs if value != was)[:300]
 
 
 # ------------------------------------------------------------------------------------------------------------ 2 a step
@@ -272,12 +274,12 @@ def to_segments(
 
     segments = []
     for batch, begins, (forget, reset_states) in zip(batches, resets, drops):
-        x, mask, none = move(batch.tokens[part]), move(batch.targets_mask[part]), torch.zeros_like(batch.reset[part])
+        x, mask, anew = move(batch.tokens[part]), move(batch.targets_mask[part]), drop(reset_states)
         segments.append(Segment(
             torch.cat([x[:, :1], x[:, 1:].masked_fill(~mask, run.model.config.ignore_index)], dim=1),
             move(batch.reset[part]) if begins else None,
             drop(forget),
-            move(none) if (reset := drop(reset_states)) is None else reset,
+            x.new_zeros(len(x), dtype=torch.bool) if anew is None else anew,
         ))  # fmt: skip
     return segments
 
@@ -389,29 +391,26 @@ def evaluating(run: Run) -> Iterator[None]:
 
 
 def validate_if_due(run: Run, log: Log) -> None:
-    """Measures the validation text where this is a step for it and it has not been done.
+    """Measures bits per byte of the validation text, if this is a step for that and it has not been done yet.
 
-    The checkpoint of the step is on the disk by then: a run that is stopped here goes on here.
+    A run that is stopped here is as it was after its step, so it is saved, and goes on here.
     """
-    options, is_last = run.options, run.step == run.options.steps
-    if run.step <= run.validated or not (is_last or run.step % options.valid_every == 0):
+    is_last, say = run.step == run.options.steps, run.processes.say
+    if run.step <= run.validated or not (is_last or run.step % run.options.valid_every == 0):
         return
-    values = {"valid_bits_per_byte": measure(run, run.sample)}
-    told = f"over {describe_part(run, run.sample)}"
+    valid = measure(run, run.sample)
+    values = {"valid_bits_per_byte": valid}
+    say(f"step {run.step}: validation {valid:.4f} bits per byte, over {describe_part(run, run.sample)}")
     if is_last:
-        final = run.valid
-        if options.final_batches:
-            final = run.valid.spread(options.batch, options.final_batches * options.segment)
-        same = final.fingerprint == run.sample.fingerprint
-        values["final_bits_per_byte"] = values["valid_bits_per_byte"] if same else measure(run, final)
-        if not same:
-            told += f"; final, another measure: {values['final_bits_per_byte']:.4f} over {describe_part(run, final)}"
-    run.processes.say(f"step {run.step}: validation {values['valid_bits_per_byte']:.4f} bits per byte {told}")
+        is_same = run.final.fingerprint == run.sample.fingerprint
+        values["final_bits_per_byte"] = final = valid if is_same else measure(run, run.final)
+        if not is_same:
+            say(f"final validation, another measure: {final:.4f} bits per byte, over {describe_part(run, run.final)}")
     if run.processes.is_first:
         try:
-            checkpoint.set_metric(run.folder / "checkpoints", run.step, values["valid_bits_per_byte"])
+            checkpoint.set_metric(run.folder / "checkpoints", run.step, valid)
         except OSError as error:
-            run.processes.say(f"the checkpoint of step {run.step} could not be given its metric: {error}")
+            say(f"the checkpoint of step {run.step} could not be given its metric: {error}")
     log.add(run.step, **values)
     run.validated = run.step
 
@@ -551,10 +550,9 @@ def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
 def check_options(run: Run, saved: checkpoint.Checkpoint) -> None:
     """The options that a run cannot change when it goes on."""
     options, stream, metadata = run.options, run.batches.state_dict(), saved.metadata
-    if other := different(metadata["model_config"], run.model.config):
-        text = ", ".join(f"{name}={now} instead of {then}" for name, then, now in other)
-        raise ValueError(f"its model has other sizes or options than those given now: {text[:200]}; a new run begins "
-                         f"with weights of the same sizes by --init {run.folder}")  # fmt: skip
+    if other := differences(Config.from_dict(metadata["model_config"]), run.model.config):
+        raise ValueError(f"its model has other sizes or options than those given now: {other}; to begin a new run with "
+                         f"its weights: --init {run.folder} --out NEW")  # fmt: skip
     own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
     for name, now in own.items():
         then = metadata["optimizer"] if name == "optimizer" else metadata["stream"][name]
@@ -656,7 +654,7 @@ def finish(run: Run, log: Log) -> None:
     """A sample, the learning curve, and the last line."""
     say, options = run.processes.say, run.options
     if options.sample and options.reset_states_every_block:
-        say("no sample.txt: the model would carry states there, as it never did in training")
+        say("no sample.txt: it would be written with states carried, which this model never had")
     elif options.sample:
         sample = write_sample(run)
         say(f"--- sample (after >>>) ---\n{sample}\n---")
@@ -669,8 +667,8 @@ def finish(run: Run, log: Log) -> None:
     skipped = f", {run.skipped} steps skipped" if run.skipped else ""
     epochs = run.step * run.tokens_per_step / run.train.total_tokens
     say(f"done: {run.step} steps, {epochs:.2f} epochs{skipped}; {run.folder}")
-    final = log.line.get("final_bits_per_byte", log.line.get("valid_bits_per_byte"))
-    say(f"validation: {math.nan if final is None else final:.4f} bits per byte")
+    final = log.line.get("final_bits_per_byte")
+    say(f"validation: {math.nan if final is None else final:.4f} bits per byte, over {describe_part(run, run.final)}")
 
 
 def plan(options: argparse.Namespace, processes: Processes) -> int:

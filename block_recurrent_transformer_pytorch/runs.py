@@ -87,7 +87,7 @@ def listening(signals: list[tuple[int, float]], *, quiet: bool) -> Iterator[None
         if signals[-1][1] - signals[0][1] > 1:
             raise KeyboardInterrupt
         if len(signals) == 1 and not quiet:  # print may be at work, and takes no second call
-            os.write(2, b"\nstopping behind this step (once more: at once)\n")
+            os.write(2, b"\nstopping after this step (once more: at once)\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
