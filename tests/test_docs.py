@@ -134,8 +134,10 @@ def commands(script: str) -> list[str]:
     return sorted({line.split("#")[0].strip() for line in lines if re.match(rf"(python|torchrun)\b.*\b{script}", line)})
 
 
-def test_every_command_has_commands():
+def test_the_readme_tells_every_command_and_how_to_test():
     assert all(commands(script) for script in ("train.py", "generate.py", "evaluate.py"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^pip install .*\[test\].*pytest", readme, flags=re.M)) == 1  # which .ci/run looks for
 
 
 @pytest.mark.parametrize("command", commands("generate.py"))
