@@ -25,7 +25,6 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -59,6 +58,7 @@ from block_recurrent_transformer_pytorch import (
     planning,
     replay,
     runs,
+    texts,
 )
 from block_recurrent_transformer_pytorch.distributed import Processes, to_device
 from block_recurrent_transformer_pytorch.files import written_at_once
@@ -111,40 +111,9 @@ class Run:
         return int(self.options.batch * self.options.segment * self.options.step_segments)
 
 
-def load_data(options: argparse.Namespace, processes: Processes) -> tuple[data.Corpus, data.Corpus, data.Tokenizer]:
-    """Training and validation tokens. The first process downloads and tokenises, then the others read its files."""
-    if options.data == "auto":
-        options.data = processes.share(data.choose() if processes.is_first else "")
-    tokenizer = data.FileTokenizer(options.tokenizer) if options.tokenizer else data.ByteTokenizer()
-    corpora = read_data(options, processes, tokenizer) if processes.is_first else None
-    processes.wait()
-    corpora = corpora or read_data(options, processes, tokenizer)
-    if options.batch > corpora[0].total_tokens:
-        raise ValueError(f"--batch {options.batch} is more than the {corpora[0].total_tokens} training tokens")
-    train, valid = (corpus.cut(options.batch) for corpus in corpora)
-    return train, valid, tokenizer
-
-
-def read_data(options: argparse.Namespace, processes: Processes, tokenizer: data.Tokenizer) -> list[data.Corpus]:
-    source = data.load_source(options.data, text_field=options.text_field, progress=processes.is_first)
-    name = f"stdlib of Python {platform.python_version()}" if options.data == "stdlib" else options.data
-    processes.say(f"data: {name}: {source.describe()}")
-    if options.valid:
-        parts = [source, data.load_source(options.valid, text_field=options.text_field, progress=processes.is_first)]
-        processes.say(f"split: all of it for training; for validation {options.valid}: {parts[1].describe()}; no test "
-                      "part")  # fmt: skip
-    else:
-        splits = data.split(source, options.split)
-        processes.say(f"split: {splits.describe()}")
-        parts = [splits.train, splits.valid]
-    if options.tokenizer and (lost := data.lost_by(tokenizer, source)):
-        processes.say(f"warning: the tokenizer loses text, its bits per byte compare with no other's: {lost}")
-    return [data.build_corpus(part, tokenizer, options.cache, progress=processes.is_first) for part in parts]
-
-
 def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
     """A run at its beginning."""
-    train, valid, tokenizer = load_data(options, processes)
+    train, valid, tokenizer = texts.load(options, processes)
     torch.manual_seed(options.seed)  # the same weights in all processes
     model = build_model(options, processes, train.num_tokens)
     generator = torch.Generator().manual_seed(options.seed)
@@ -162,8 +131,9 @@ def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
                      for batches in (options.valid_batches, options.final_batches))  # fmt: skip
     carried: list[tuple[Memories | None, States | None]] = [(None, None)] * options.accumulate
     checkpoint.seed_everything(options.seed, 0, processes.rank)
+    scale = optim.LossScale(options.precision == "fp16")
     return Run(options, processes, path, model, segments, loss, optimizer, schedule, train, valid, sample, final,
-               tokenizer, stream.rows, reader, generator, optim.LossScale(options.precision == "fp16"), carried)  # fmt: skip
+               tokenizer, stream.rows, reader, generator, scale, carried)  # fmt: skip
 
 
 def build_model(options: argparse.Namespace, processes: Processes, num_tokens: int) -> BlockRecurrentTransformer:
@@ -673,7 +643,7 @@ def finish(run: Run, log: Log) -> None:
 
 def plan(options: argparse.Namespace, processes: Processes) -> int:
     """Prints what a run would be, and trains nothing."""
-    train, valid, _ = load_data(options, processes)
+    train, valid, _ = texts.load(options, processes)
     processes.say(planning.describe(options, processes.size, train, valid))
     return 0
 

@@ -75,9 +75,8 @@ def describe_presets() -> str:
     """What each preset holds, as flags; for the end of --help."""
     lines = ["presets (what a preset gives replaces the defaults above, and what you give replaces the preset's):", ""]
     for name, values in PRESETS.items():
-        words = " ".join(as_flags(values)).replace("=", " ").replace("--set ", "--set:").split(" --")
-        text = " --".join(words).replace("--set:", "--set ")
-        lines += textwrap.wrap(f"{name}: {text}", 118, initial_indent="  ", subsequent_indent="      ",
+        words = " ".join(word.replace("=", " ", 1).replace('"', "") for word in as_flags(values))
+        lines += textwrap.wrap(f"{name}: {words}", 118, initial_indent="  ", subsequent_indent="      ",
                                break_on_hyphens=False, break_long_words=False)  # fmt: skip
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from block_recurrent_transformer_pytorch import checkpoint  # noqa: E402
+from block_recurrent_transformer_pytorch import checkpoint, forget_rows  # noqa: E402
 from block_recurrent_transformer_pytorch.flags import PRESETS  # noqa: E402
 from block_recurrent_transformer_pytorch.footprint import footprint  # noqa: E402
 
@@ -685,6 +685,18 @@ def test_every_option_changes_the_losses(run, tmp_path):
         assert len(seen) == number + 1, flags
 
 
+def test_a_step_asks_the_other_processes_twice_however_many_segments_it_has(run, monkeypatch):
+    """Before the first segment and after the last; signals and resets are learned in passing."""
+    whole, places = train.Processes.sum, []
+    monkeypatch.setattr(train.Processes, "sum", lambda self, *values: places.append(1) or whole(self, *values))
+    run("a", "--step-segments", "4", "--accumulate", "2", "--steps", "3", "--valid-every", "3", "--valid-batches", "1")
+    training = 2 * 3
+    validation = len(places) - training
+    places.clear()
+    run("b", "--step-segments", "8", "--accumulate", "4", "--steps", "3", "--valid-every", "3", "--valid-batches", "1")
+    assert len(places) == training + validation
+
+
 def test_a_step_without_finite_gradient_is_skipped_and_counted(run, tmp_path, monkeypatch):
     whole, seen = train.backward, []
 
@@ -878,7 +890,7 @@ def test_help_says_what_presets_hold(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "tiny: --dim 32 --depth 2" in text and "--set all_layers_qk_rmsnorm true" in text
+    assert "tiny: --dim 32 --depth 2" in text and "--set all_layers_qk_rmsnorm=true" in text
     assert all(f"{name}: --" in text for name in PRESETS)
 
 
@@ -948,6 +960,25 @@ def test_only_the_first_process_copies_what_a_checkpoint_holds():
     kept = train.distributed.full_state(model, first)
     assert torch.equal(kept["weight"], model.weight) and kept["weight"].data_ptr() != model.weight.data_ptr()
     assert train.distributed.optimizer_state(names, optimizer, first).keys() == names.keys()
+
+
+def test_rows_are_redistributed_in_order():
+    torch.manual_seed(0)
+    options = train.parse([*SIZES, "--set", "use_compressed_mem=true", "--set", "compressed_mem_factor=4"])
+    model = train.BlockRecurrentTransformer(train.model_config(options, 256)).eval()
+    x, forget = torch.randint(256, (4, 16)), torch.tensor([True, False, False, True])
+    _, memories, states = model(x)
+    _, memories, states = model(x[:, :4], xl_memories=forget_rows(memories, forget), states=states)
+    halves = train.distributed.redistribute([(memories, states)], 4, 2)
+    assert train.distributed.redistribute(halves, 4, 2) is halves
+    (whole,) = train.distributed.redistribute(halves, 4, 1)
+    logits = [model(x[:, :3], xl_memories=m, states=s)[0] for m, s in ((memories, states), whole)]
+    assert torch.equal(*logits)
+    for half, (m, s) in zip((slice(0, 2), slice(2, 4)), halves):
+        assert torch.allclose(model(x[half, :3], xl_memories=m, states=s)[0], logits[0][half], atol=1e-6)
+    assert train.distributed.redistribute([(None, None)], 4, 2) == [(None, None)] * 2
+    with pytest.raises(ValueError, match=r"memories and states are of \[2, 2\] rows, must be of 6"):
+        train.distributed.redistribute(halves, 6, 2)
 
 
 @pytest.mark.parametrize(("parallel", "option"), [("fsdp", "block_feedback=true"), ("ddp", "block_feedback=true"),
