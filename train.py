@@ -163,8 +163,8 @@ def take_weights(run: Run) -> None:
         distributed.load_full_state(run.model, {name: weight.to(dtype) for name, weight in weights.items()})
     except ValueError as error:
         raise ValueError(
-            f"--init {run.options.init}: {error}; this model has {other or 'other weights'}. Leave out the flags that "
-            "change the model, and give the same --tokenizer; to go on with a run there is --resume"
+            f"--init {run.options.init}: its weights do not fit, this model has {other or 'others'} ({error}). Leave "
+            "out the flags that change the model, and give the same --tokenizer; to go on with a run there is --resume"
         ) from error
     run.processes.say(f"weights: from {run.options.init}{other and ', but with '}{other}")
 
@@ -612,9 +612,9 @@ def describe(run: Run) -> None:
             f"{epochs:,.0f} times, so the model may learn them by heart: fewer --steps, or more text")  # fmt: skip
     if options.reset_states_every_block:
         processes.say("note: states return to their initial values at every block: this run is a control")
-    elif untrained := run.wrapper.untrained():
-        processes.say(f"note: with --segment {options.segment}, --block {options.block} and --bptt {options.bptt}, "
-            f"{untrained} get no gradient: longer segments, or --bptt 2")  # fmt: skip
+    elif run.wrapper.seq_len <= options.block and options.bptt != "replay" and run.model.config.recurrent_layers:
+        processes.say(f"note: gradients go through one block (--segment {options.segment} --bptt {options.bptt}), and "
+            "what is written into states is read in the next one: writing is not trained; --bptt 2?")  # fmt: skip
     if parallel and options.parallel == "fsdp" and (tied := max(map(len, run.model.stages))) > 1:
         processes.say(f"note: {tied} layers go through a segment together, block by block: FSDP gathers each of them "
             "once a block, --parallel ddp does not")  # fmt: skip

@@ -10,8 +10,8 @@ from .distributed import Processes
 
 
 def load(options: argparse.Namespace, processes: Processes) -> tuple[data.Corpus, data.Corpus, data.Tokenizer]:
-    """Training and validation tokens, and the tokenizer. The first process downloads and tokenises, then the others read
-    its files.
+    """Training and validation tokens, and the tokenizer. The first process downloads and tokenises, then the others
+    read its files.
 
     Raises:
         ValueError: there is no such text, or too little of it.
@@ -42,5 +42,6 @@ def read(options: argparse.Namespace, processes: Processes, tokenizer: data.Toke
         processes.say(f"split: {splits.describe()}")
         parts = [splits.train, splits.valid]
     if options.tokenizer and (lost := data.lost_by(tokenizer, source)):
-        processes.say(f"warning: the tokenizer loses text, its bits per byte compare with no other's: {lost}")
+        processes.say("warning: the tokenizer loses text, so that its bits per byte cannot be compared with those of "
+                      f"other tokenizers: {lost}")  # fmt: skip
     return [data.build_corpus(part, tokenizer, options.cache, progress=processes.is_first) for part in parts]

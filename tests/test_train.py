@@ -526,7 +526,8 @@ def test_what_init_refuses_and_what_it_changes(run, tmp_path, capsys, other_text
     run("a")
     source = str(tmp_path / "a")
     status, text = run("b", "--init", source, "--dim", "24")
-    assert status == 2 and "dim=24 instead of 16" in text and "there is --resume" in text
+    assert status == 2 and "its weights do not fit, this model has dim=24 instead of 16" in text
+    assert "to go on with a run there is --resume" in text
     with pytest.raises(SystemExit):
         train.parse(["--init", source, "--resume", source])
     assert "--resume goes on with one: give only one of them" in capsys.readouterr().err
@@ -627,6 +628,13 @@ def test_states_that_are_reset_every_block_carry_nothing(run, tmp_path):
     plain = train.Segments(model, train.parse(SIZES), torch.Generator())
     assert plain(parts, None, None)[0].item() != pytest.approx(loss.item(), rel=1e-6)
     assert not torch.equal(plain(parts[1:], memories, noise)[0], plain(parts[1:], memories, states)[0])
+
+
+def test_states_whose_writing_is_not_trained_are_a_note(run):
+    noted = "writing is not trained"
+    assert noted in run("a", "--segment", "4", "--steps", "1")[1]
+    assert noted not in run("b", "--segment", "4", "--steps", "1", "--bptt", "2")[1]
+    assert noted not in run("c", "--segment", "4", "--steps", "1", "--bptt", "replay")[1]
 
 
 def test_a_control_run(run, tmp_path, capsys, monkeypatch):
