@@ -50,12 +50,14 @@ from block_recurrent_transformer_pytorch import (
     Memories,
     RecurrentTrainWrapper,
     States,
+    carried_files,
     checkpoint,
     data,
     detach,
     distributed,
     optim,
     planning,
+    pretrained,
     replay,
     runs,
     texts,
@@ -156,7 +158,13 @@ def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) ->
 
 def take_weights(run: Run) -> None:
     """Begins with the weights that --init names."""
-    config, weights = runs.load_weights(Path(run.options.init))
+    folder = Path(run.options.init)
+    try:
+        config, weights = pretrained.load_weights(folder)
+    except ValueError:
+        if not pretrained.is_run(folder):
+            raise
+        config, weights = pretrained.load_weights(folder, checkpoint="last")  # a run that was never validated
     other = differences(config, run.model.config)
     try:
         dtype = run.model.token_emb.weight.dtype
@@ -455,7 +463,7 @@ def save(run: Run, log: Log) -> bool:
         "loss_scale": [run.scale.value, run.scale.streak],
         "skipped": [run.skipped, run.skipped_now],
         "optimizer": run.options.optimizer,
-        "model_config": asdict(run.model.config),
+        "model_config": json.loads(json.dumps(asdict(run.model.config))),  # plain numbers and lists
         "versions": runs.versions(),
     }
     if processes.is_first:
@@ -475,7 +483,7 @@ def restore(run: Run) -> bool:
     """Goes on from the last checkpoint that can be used, on any number of processes; False where there is none."""
     options, processes, path = run.options, run.processes, run.folder / "checkpoints"
     try:
-        saved = checkpoint.load_latest(path, types=distributed.CARRIED_TYPES, upgrade=distributed.upgrade,
+        saved = checkpoint.load_latest(path, types=carried_files.TYPES, upgrade=distributed.upgrade,
                                        check=lambda saved: take_over(run, saved))  # fmt: skip
     except FileNotFoundError:
         processes.say(f"{run.folder} holds no checkpoint yet: starting from the beginning")
@@ -615,7 +623,7 @@ def describe(run: Run) -> None:
     elif run.wrapper.seq_len <= options.block and options.bptt != "replay" and run.model.config.recurrent_layers:
         processes.say(f"note: gradients go through one block (--segment {options.segment} --bptt {options.bptt}), and "
             "what is written into states is read in the next one: writing is not trained; --bptt 2?")  # fmt: skip
-    if parallel and options.parallel == "fsdp" and (tied := max(map(len, run.model.stages))) > 1:
+    if parallel and options.parallel == "fsdp" and (tied := max(map(len, run.model.groups))) > 1:
         processes.say(f"note: {tied} layers go through a segment together, block by block: FSDP gathers each of them "
             "once a block, --parallel ddp does not")  # fmt: skip
 

@@ -22,397 +22,96 @@ those of the tokens of the current block, and a state is read as of the start of
 prompts and one-token decoding are the same computation, and any split of a stream gives the same answer. Everything
 that travels from call to call is a value: it goes in as an argument and comes out as a result.
 
+A call is cut into spans (spans.py). A span goes through the groups of layers once: a layer by itself takes all blocks
+of the span at once, layers that depend on each other's states take them one by one.
+
 Axis letters: b batch, n new tokens, t blocks, w block width, j keys, s states, h heads, g key/value heads, d dim,
 e dim_head.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from beartype import BeartypeConf, beartype
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from . import convert, paper
-from .sampling import Sampler
+from . import convert, generation, paper
+from .carried import (
+    KV,
+    LayerMemory,
+    Memories,
+    Position,
+    States,
+    choose_rows,
+    detach,
+    forget_rows,
+    map_tensors,
+    per_row,
+    reset_offsets,
+    trainable,
+    without_derived,
+)
+from .checks import (
+    check_count,
+    check_embedded,
+    check_ids,
+    check_lengths,
+    check_like,
+    check_position,
+    check_rows,
+    check_tensor,
+    check_type,
+    describe,
+)
+from .config import GATES, MEMORIES, Config, register_gate
+from .kernels import (
+    Rotation,
+    at_least_fp32,
+    called_in_fp32,
+    is_functional,
+    matmul_dtype,
+    recomputed,
+    rotate,
+    unit,
+    without_autocast,
+)
+from .losses import Reduction, cross_entropy
+from .spans import Shape, Span, in_order, make_plan, take
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
-if TYPE_CHECKING:
-    Count: TypeAlias = int
-    Layers: TypeAlias = tuple[int, ...]
-else:  # None may be given, and is replaced by what it stands for
-    Count, Layers = int | None, tuple[int, ...] | None
 
-# ------------------------------------------------------------------------------------------------------------ 1 config
+class Mode(NamedTuple):
+    """How a call is computed; decided once, where it enters."""
 
+    use_dropout: bool
+    recompute: bool  # cheap parts are computed again in the backward pass instead of being kept
+    checkpoint: bool  # so are whole layers
+    in_parts: bool  # a large hidden layer exists a part at a time
 
-@typechecked
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Sizes and options of a model. Frozen; `asdict` of it is its config.json, `Config.from_dict` reads that back.
+    def dropout(self, x: Tensor, rate: float) -> Tensor:
+        return F.dropout(x, rate) if self.use_dropout and rate > 0 else x
 
-    The defaults are those of block-recurrent-transformer-pytorch 0.4.4. Layers are numbered from 1. None is replaced by
-    what follows from other sizes: `dataclasses.replace(config, depth=12, xl_layers=None)` derives it anew.
+    def recomputed(self, function: Callable[..., Any], *inputs: Tensor | None, draws: bool = False) -> Any:
+        """function(*inputs), of which the backward pass may keep the inputs alone; see `kernels.recomputed`."""
+        return recomputed(function, *inputs, draws=draws) if self.recompute else function(*inputs)
 
-    Raises:
-        ValueError: a number out of range, or two options that cannot go together; the message names them.
-    """
 
-    # sizes
-    num_tokens: int  # vocabulary
-    dim: int
-    depth: int
-    dim_head: int = 64
-    heads: int = 8
-    kv_heads: int = 1  # key/value heads, each shared by heads / kv_heads query heads
-    ff_mult: float = 4  # hidden size: dim * ff_mult, times 2/3 for geglu (which has three matrices instead of two)
-    ff_dim: Count = None  # type: ignore[assignment]  # the hidden size itself, instead of ff_mult
-    ff_activation: Literal["geglu", "relu"] = "geglu"
-    # the stream
-    max_seq_len: int = 1024  # default segment of the training wrapper; no limit on calls
-    block_width: int = 512
-    num_xl_blocks: int = 1  # complete blocks that a layer remembers word for word
-    xl_layers: Layers = None  # type: ignore[assignment]  # the layers that do; None: all
-    use_compressed_mem: bool = False  # a second queue of block_width // 2 entries for what leaves the first
-    compressed_mem_factor: int = 4  # tokens in one compressed entry
-    enhanced_recurrence: bool = False  # a layer remembers what the next layer computed one block earlier (ERNIE-Doc)
-    attention_window: Literal["blocks", "sliding"] = "blocks"
-    # blocks: the memory and this block up to the token itself; sliding: exactly the block_width positions before it
-    empty_memory: Literal["masked", "zeros"] = "masked"  # before the first block: not there, or zero keys and values
-    positions: Literal["xpos", "dynamic", "t5", "none"] = "xpos"
-    dynamic_log_distance: bool = True  # the MLP of dynamic positions sees log(1 + distance) instead of distance / width
-    # the recurrence
-    recurrent_layers: Layers = None  # type: ignore[assignment]  # None: (depth // 2,)
-    read_recurrent_layers: Layers = None  # type: ignore[assignment]  # where each state is read, at or below its layer; None: there
-    num_state_vectors: Count = None  # type: ignore[assignment]  # None: block_width
-    state_update: Literal["skip", "dual", "single"] = "skip"
-    gate: Literal["fixed", "lstm", "full"] = "fixed"
-    candidate_bias: bool = True  # b_z of the paper's z = W h + b_z
-    state_reads_memory: bool = False  # states read the XL memory too, so that each token is read by two updates
-    block_feedback: bool = False  # every layer without a state of its own reads the last recurrent layer's
-    # normalisation
-    norm: Literal["layer", "rms"] = "layer"
-    qk_norm: Literal["channel", "head", "none"] = "channel"  # unit queries and keys, times a gain per channel or head
-    all_layers_qk_rmsnorm: bool = False  # in all layers, or in recurrent layers only
-    qk_norm_scale: float = 8.0  # scale of the attention logits of qk_norm="channel"
-    # output and training
-    tie_embeddings: bool = False  # logits = h E^T / sqrt(dim)
-    init: Literal["torch", "lecun"] = "torch"  # PyTorch's initial values, or those of the paper's authors
-    attn_dropout: float = 0.0  # on the matrix of the tokens' self-attention
-    ff_dropout: float = 0.0  # on the output of the feed-forward
-    emb_dropout: float = 0.0  # on the token embeddings
-    attn_input_dropout: float = 0.0  # after the norm before the attention
-    output_dropout: float = 0.0  # after the last norm
-    ignore_index: int = -100
-    use_flash_attn: bool = False  # scaled_dot_product_attention, or the same formula written out
-    use_checkpointing: bool = False  # recompute a layer in the backward pass instead of keeping its activations
-
-    def __post_init__(self) -> None:
-        for name in ("ff_mult", "qk_norm_scale"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
-        writes = (max(1, self.depth // 2),) if self.recurrent_layers is None else self.recurrent_layers
-        derived = {
-            "ff_dim": self.ff_dim if self.ff_dim is not None else self._default_ff_dim(),
-            "xl_layers": tuple(range(1, self.depth + 1)) if self.xl_layers is None else tuple(sorted(self.xl_layers)),
-            "recurrent_layers": writes,
-            "read_recurrent_layers": writes if self.read_recurrent_layers is None else self.read_recurrent_layers,
-            "num_state_vectors": self.block_width if self.num_state_vectors is None else self.num_state_vectors,
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
-        self._check_numbers()
-        self._check_layers()
-        for wrong, why in self._conflicts():
-            if wrong:
-                raise ValueError(why)
-
-    def _default_ff_dim(self) -> int:
-        return int(self.dim * self.ff_mult * (2 / 3 if self.ff_activation == "geglu" else 1))
-
-    def _check_numbers(self) -> None:
-        for name in ("num_tokens", "dim", "depth", "dim_head", "heads", "kv_heads", "ff_dim", "max_seq_len",
-                     "block_width", "num_state_vectors", "compressed_mem_factor"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.num_xl_blocks < 0:
-            raise ValueError(f"num_xl_blocks must be at least 0, not {self.num_xl_blocks}")
-        for name in (f.name for f in fields(self) if f.name.endswith("dropout")):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        if self.max_seq_len % self.block_width:
-            raise ValueError(f"max_seq_len={self.max_seq_len} is not a multiple of block_width={self.block_width}")
-
-    def _check_layers(self) -> None:
-        for name in ("recurrent_layers", "read_recurrent_layers", "xl_layers"):
-            layers = getattr(self, name)
-            if unknown := [layer for layer in layers if not 1 <= layer <= self.depth]:
-                raise ValueError(f"{name}={layers}: {unknown} not among the layers 1 to depth={self.depth}")
-            if name != "read_recurrent_layers" and len(set(layers)) < len(layers):
-                raise ValueError(f"{name}={layers} names a layer twice")
-        reads, writes = self.read_recurrent_layers, self.recurrent_layers
-        if len(reads) != len(writes):
-            raise ValueError(f"read_recurrent_layers={reads} must name one layer for each of recurrent_layers={writes}")
-        if any(read > write for read, write in zip(reads, writes)):
-            raise ValueError(f"read_recurrent_layers={reads} must not lie above recurrent_layers={writes}")
-
-    def _conflicts(self) -> list[tuple[bool, str]]:
-        """Options that cannot go together."""
-        full_memory = self.num_xl_blocks > 0 and self.xl_layers == tuple(range(1, self.depth + 1))
-        all_normalised = self.all_layers_qk_rmsnorm or len(self.recurrent_layers) == self.depth
-        sliding, compressed = self.attention_window == "sliding", self.use_compressed_mem
-        return [
-            (self.enhanced_recurrence and compressed,
-             "enhanced_recurrence=True goes without compressed memories, use_compressed_mem=True was given"),
-            (self.enhanced_recurrence and not full_memory,
-             f"enhanced_recurrence=True needs equal memories in all layers, not xl_layers={self.xl_layers} "
-             f"with num_xl_blocks={self.num_xl_blocks}"),
-            (self.enhanced_recurrence and self.qk_norm == "head" and not all_normalised,
-             "enhanced_recurrence=True hands keys down between layers, and qk_norm='head' stores them normalised: "
-             f"all layers must be, with all_layers_qk_rmsnorm=True (recurrent_layers={self.recurrent_layers})"),
-            (sliding and self.num_xl_blocks > 1,
-             f"attention_window='sliding' looks back one block, num_xl_blocks={self.num_xl_blocks} was given"),
-            (sliding and compressed,
-             "attention_window='sliding' goes without compressed memories, use_compressed_mem=True was given"),
-            (self.empty_memory == "zeros" and compressed,
-             "empty_memory='zeros' goes without compressed memories, use_compressed_mem=True was given"),
-            (compressed and (self.num_xl_blocks == 0 or not self.xl_layers),
-             "use_compressed_mem=True compresses what leaves the XL memory, and no layer has one: "
-             f"num_xl_blocks={self.num_xl_blocks}, xl_layers={self.xl_layers}"),
-            (compressed and self.compressed_mem_factor > self.block_width,
-             f"compressed_mem_factor={self.compressed_mem_factor} is above block_width={self.block_width}"),
-            (compressed and self.block_width < 2,
-             f"use_compressed_mem=True needs block_width of at least 2, not {self.block_width}"),
-            (self.block_feedback and not self.recurrent_layers,
-             "block_feedback=True needs a recurrent layer, recurrent_layers=() was given"),
-            (self.block_feedback and self.read_recurrent_layers != self.recurrent_layers,
-             f"block_feedback=True decides who reads, read_recurrent_layers={self.read_recurrent_layers} was given"),
-            (self.all_layers_qk_rmsnorm and self.qk_norm == "none",
-             "all_layers_qk_rmsnorm=True needs a normalisation, qk_norm='none' was given"),
-            (self.positions == "xpos" and self.dim_head % 2 == 1,
-             f"positions='xpos' rotates pairs, dim_head={self.dim_head} is odd"),
-        ]  # fmt: skip
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The config that `dataclasses.asdict` (or a JSON file of it) describes; unknown names are a ValueError."""
-        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
-            raise ValueError(f"config holds unknown options {unknown}")
-        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**given)
-
-    @property
-    def fingerprint(self) -> str:
-        """A short hash of everything that decides the shape and meaning of memories and states."""
-        free = {"max_seq_len", "ignore_index", "use_flash_attn", "use_checkpointing", "init"}
-        told = {k: v for k, v in asdict(self).items() if k not in free and not k.endswith("dropout")}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-    def reads(self, layer: int) -> tuple[int, ...]:
-        """The recurrent layers whose states are read at `layer`, its own first."""
-        writes = self.recurrent_layers
-        if self.block_feedback and layer not in writes:
-            return (max(writes),)
-        pairs = zip(self.read_recurrent_layers, writes)
-        return tuple(sorted(write for read, write in pairs if read == layer))
-
-    def xl_width(self, layer: int) -> int:
-        """Tokens of complete blocks that `layer` remembers."""
-        return self.num_xl_blocks * self.block_width if layer in self.xl_layers else 0
-
-    def compressed_width(self, layer: int) -> int:
-        """Entries of the compressed memory of `layer`."""
-        return self.block_width // 2 if self.use_compressed_mem and self.xl_width(layer) else 0
-
-    @property
-    def nearest(self) -> int:
-        """The distance of the nearest key that a token sees: its own, or in a sliding window the one before."""
-        return int(self.attention_window == "sliding")
-
-    @property
-    def compressed_per_block(self) -> int:
-        """Entries that one block becomes when it is compressed."""
-        return self.block_width // self.compressed_mem_factor
-
-    @property
-    def reach(self) -> int:
-        """Complete blocks after which every memory is full and nothing is masked any more."""
-        if self.empty_memory == "zeros":
-            return 0
-        compressed = -(-(self.block_width // 2) // self.compressed_per_block) if self.use_compressed_mem else 0
-        return self.num_xl_blocks + compressed if self.xl_layers else 0
-
-    def stages(self) -> list[tuple[int, ...]]:
-        """Runs of layers, as indices from 0, that must go through the sequence together, block by block.
-
-        A state that is read below the layer that writes it ties all layers between; enhanced recurrence ties all.
-        """
-        ties = [(layer, write) for layer in range(1, self.depth + 1) for write in self.reads(layer) if layer < write]
-        if self.enhanced_recurrence:
-            ties.append((1, self.depth))
-        stages: list[tuple[int, ...]] = []
-        for layer in range(1, self.depth + 1):
-            tied = any(low < layer <= high for low, high in ties)
-            stages = [*stages[:-1], (*stages[-1], layer - 1)] if tied else [*stages, (layer - 1,)]
-        return stages
-
-
-# ----------------------------------------------------------------------------------------------------- 2 carried values
-
-
-class KV(NamedTuple):
-    """Keys and values, oldest first; keys neither rotated nor scaled. Each (b, g, j, e)."""
-
-    k: Tensor
-    v: Tensor
-
-
-class LayerMemory(NamedTuple):
-    """What one layer remembers. Buffers of fixed width; entries for what has not been read yet are never looked at,
-    or are the zeros of `empty_memory="zeros"`.
-
-    `window` follows from the others: decoding keeps it so that keys are normalised and rotated once a block.
-    """
-
-    xl: KV  # the last complete blocks, (b, g, xl_width, e), right-aligned
-    block: KV  # the block being filled, (b, g, w, e), left-aligned
-    compressed: KV | None = None  # (b, g, compressed_width, e), right-aligned
-    window: KV | None = None  # [compressed ; xl ; block], keys as the queries of this block see them; None: empty block
-
-
-class Memories(NamedTuple):
-    """The memories of all layers, and where each row of the batch stands in its stream."""
-
-    layers: tuple[LayerMemory, ...]
-    place: int | Tensor  # tokens in the block being filled, 0 ... w-1; (b,) int64 where rows differ
-    blocks: int  # complete blocks that every row remembers, counted up to `Config.reach`
-    ahead: Tensor | None = None  # (b,) int64: blocks that a row remembers beyond these, where rows differ
-
-
-class States(NamedTuple):
-    """The states as of the start of the block being filled: they change when it is complete."""
-
-    layers: tuple[Tensor, ...]  # one (b, s, d) for each recurrent layer, at least fp32
-    views: tuple[KV, ...] | None = None  # their keys and values as this block's tokens read them; None: empty block
-
-
-Carried = TypeVar("Carried", Memories, States)
-
-
-def map_tensors(carried: Carried, function: Any) -> Carried:
-    """`carried` with `function` applied to each of its tensors."""
-    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, carried)  # type: ignore[no-any-return]
-
-
-def detach(carried: Carried) -> Carried:
-    """The same values without their gradients' history: what ends back-propagation at a segment's boundary."""
-    return map_tensors(carried, Tensor.detach)
-
-
-def select_rows(carried: Carried, rows: Tensor) -> Carried:
-    """The given rows, (m,) int64, in that order and possibly repeated: beam search, several samples of one prompt.
-
-    Raises:
-        ValueError: rows that are no integers, or not among those of `carried`.
-    """
-    batch = next((len(leaf) for leaf in tree_leaves(carried) if isinstance(leaf, Tensor)), None)
-    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"rows must be (m,) int64, not {describe(rows)}")
-    if batch and rows.device.type == "cpu" and len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= batch):
-        raise ValueError(f"rows={rows.tolist()} must be from 0 to {batch - 1}")
-    return map_tensors(carried, lambda leaf: leaf.index_select(0, rows.to(leaf.device)))
-
-
-def forget_rows(memories: Memories, rows: Tensor) -> Memories:
-    """Memories in which `rows`, (b,) bool, hold no complete block any more; the block being filled stays."""
-    batch = len(memories.layers[0].block.k)
-    if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype != torch.bool:
-        raise ValueError(f"rows must be ({batch},) bool, one for each row of the memories, not {describe(rows)}")
-    layers = tuple(
-        layer._replace(
-            xl=zero_rows(layer.xl, rows), compressed=layer.compressed and zero_rows(layer.compressed, rows), window=None
-        )
-        for layer in memories.layers
-    )
-    if memories.blocks == 0 and memories.ahead is None:
-        return memories._replace(layers=layers)
-    held = memories.blocks + (0 if memories.ahead is None else memories.ahead)
-    return memories._replace(layers=layers, blocks=0, ahead=torch.where(rows, 0, held))
-
-
-def without_prepared(memories: Memories, states: States) -> tuple[Memories, States]:
-    """The same values, without what decoding keeps ready of them: windows and views.
-
-    These follow from the rest. Where gradients are wanted they are computed anew: what made them gets its gradient
-    through a graph, and would lose it wherever carried values are detached.
-    """
-    layers = tuple(layer._replace(window=None) for layer in memories.layers)
-    return memories._replace(layers=layers), states._replace(views=None)
-
-
-def per_row(rows: Tensor, like: Tensor) -> Tensor:
-    """(b,) as (b, 1, ..., 1), to meet the axes of `like`."""
-    return rows.view(-1, *(1,) * (like.ndim - 1))
-
-
-def zero_rows(kv: KV, rows: Tensor) -> KV:
-    return KV(*(x.masked_fill(per_row(rows, x), 0) for x in kv))
-
-
-def choose_rows(rows: Tensor, new: KV, old: KV) -> KV:
-    return KV(*(torch.where(per_row(rows, n), n, o) for n, o in zip(new, old)))
-
-
-# --------------------------------------------------------------------------------------------- 3 norms and feed-forward
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    has_any = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if has_any else nullcontext()
-
-
-RECOMPUTED_FROM = 2**18  # numbers of the largest input from which it is worth the calls
-
-
-def is_functional() -> bool:
-    """Whether torch.func is at work, which goes without the hooks of `checkpoint`."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None, draws: bool = False) -> Tensor:
-    """function(*inputs), of which the backward pass keeps the inputs alone.
-
-    For something cheap that ends in a matrix product: the product is not computed again, because recomputation stops
-    with what it takes in. And for something small that keeps much, the write of a state. `draws` says that the function
-    takes random numbers, and so will the same ones again.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_functional():
-        return function(*inputs)  # a compiler chooses itself what to keep
-    if max(x.numel() for x in inputs if x is not None) < RECOMPUTED_FROM:
-        return function(*inputs)
-    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
-    return result
+# ------------------------------------------------------------------------------------------ 1 norms and feed-forward
 
 
 def make_norm(config: Config) -> nn.Module:
@@ -422,178 +121,37 @@ def make_norm(config: Config) -> nn.Module:
     return nn.RMSNorm(config.dim, eps=1e-6)
 
 
-class HeadsNorm(nn.Module):
-    """Normalisation of the queries and keys of one attention: none. Logits are scaled by 1 / sqrt(dim_head)."""
-
-    scale: float
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.scale = config.dim_head**-0.5
-
-    def store(self, k: Tensor) -> Tensor:
-        """Keys as they go into a memory; what all the attentions on the same keys share."""
-        return k
-
-    def view(self, k: Tensor) -> Tensor:
-        """The keys of states, normalised without gains, for all the attentions that will read them.
-
-        With k a unit key and g its gains, q . (k g) = (q g) . k: each reader has the gains in its queries.
-        """
-        return self.store(k)
-
-    def gain(self, heads: int, of_views: bool = False) -> Tensor | None:
-        """The gains of queries, (h, 1, e) or (h, 1, 1); those of queries to views hold the gains of the keys, too."""
-        return None
-
-    def normalise(self, q: Tensor, gain: Tensor | None) -> Tensor:
-        """Queries (b, h, n, e), normalised, times gains."""
-        return q
-
-    def queries(self, q: Tensor, of_views: bool = False) -> Tensor:
-        return self.normalise(q, self.gain(q.shape[1], of_views))
-
-    def keys(self, k: Tensor) -> Tensor:
-        """Stored keys as the queries of this attention meet them, if these are not queries to views."""
-        return k
-
-    def scaled(self, bias: Tensor) -> Tensor:
-        """A position bias (h, j) in the units of the logits."""
-        return bias
-
-
-class Unit(torch.autograd.Function):
-    """x / |x| * gain, lengths along the last axis and in at least fp32; zeros stay zeros. See `unit`.
-
-    With y = x / |x|, the gradient of x is (g gain - y (y . g gain)) / |x|: the backward pass keeps x alone, and takes
-    fewer operators than that of the formula.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def length(x: Tensor) -> Tensor:
-        lengths: Tensor = torch.linalg.vector_norm(at_least_fp32(x), dim=-1, keepdim=True).clamp_min(1e-12)
-        return lengths
-
-    @staticmethod
-    def forward(x: Tensor, gain: Tensor | None) -> Tensor:
-        y = x / Unit.length(x)
-        return (y if gain is None else y * gain).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, gain = ctx.saved_tensors
-        length = Unit.length(x)
-        y, scaled = x / length, grad if gain is None else grad * gain
-        along = (y * scaled).sum(-1, keepdim=True)
-        grad_x = (torch.addcmul(scaled, y, along, value=-1) / length).to(x.dtype)
-        return grad_x, None if gain is None else (grad * y).sum_to_size(gain.shape).to(gain.dtype)
-
-
-def unit(x: Tensor, gain: Tensor | None = None) -> Tensor:
-    """x (..., e) / |x| * gain."""
-    if not torch.is_grad_enabled():
-        return Unit.forward(x, gain)  # `apply` takes three times as long for a single token
-    result: Tensor = Unit.apply(x, gain)  # type: ignore[no-untyped-call]
-    return result
-
-
-class ChannelNorm(HeadsNorm):
-    """Unit queries and keys, each times a learned gain per channel; logits times `qk_norm_scale` (0.4.4 meant this)."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.scale = config.qk_norm_scale
-        self.q_scale = nn.Parameter(torch.ones(config.dim_head))
-        self.k_scale = nn.Parameter(torch.ones(config.dim_head))
-
-    def view(self, k: Tensor) -> Tensor:
-        return unit(k)
-
-    def gain(self, heads: int, of_views: bool = False) -> Tensor:
-        scale = self.q_scale * self.k_scale if of_views else self.q_scale
-        return scale.expand(heads, 1, -1)
-
-    def normalise(self, q: Tensor, gain: Tensor | None) -> Tensor:
-        return unit(q, gain)
-
-    def keys(self, k: Tensor) -> Tensor:
-        return unit(k, self.k_scale)
-
-
-class HeadNorm(HeadsNorm):
-    """Unit queries and keys; logits, position bias included, times |a|, a learned per head (the authors' code)."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.scale = 1.0
-        self.head_scale = nn.Parameter(torch.ones(config.heads))
-
-    def store(self, k: Tensor) -> Tensor:
-        return k * (at_least_fp32(k).square().sum(-1, keepdim=True) + 1e-6).rsqrt().to(k.dtype)
-
-    def gain(self, heads: int, of_views: bool = False) -> Tensor:
-        return self.head_scale.abs().view(-1, 1, 1)
-
-    def normalise(self, q: Tensor, gain: Tensor | None) -> Tensor:
-        return self.store(q) * (1 if gain is None else gain)
-
-    def scaled(self, bias: Tensor) -> Tensor:
-        return bias * self.head_scale.abs()[:, None]
-
-
-HEADS_NORMS = {"none": HeadsNorm, "channel": ChannelNorm, "head": HeadNorm}
-
-
-class ChannelsFirst(nn.Linear):
-    """x W^T, laid out channel by channel: (rows, d) -> (f, rows).
-
-    The two halves of a gated hidden layer lie apart then, and the channels begin at multiples of 16 numbers where the
-    number of tokens is one: a matrix product whose rows of 1,365 numbers begin anywhere in a cache line takes half as
-    long again on a CPU.
-    """
-
-    FEW = 64  # rows, for which the layout does not matter, and a small product would lose by it
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).t() if len(x) < self.FEW else self.weight @ x.t()
-
-
 class Hidden(nn.Module):
     """The hidden layer of a feed-forward, dim_in -> ff_dim: relu(x W), or x W1 * gelu(x W2)."""
 
     def __init__(self, config: Config, dim_in: int) -> None:
         super().__init__()
         self.use_gate = config.ff_activation == "geglu"
-        self.to_hidden = ChannelsFirst(dim_in, config.ff_dim * (2 if self.use_gate else 1), bias=False)
+        self.to_hidden = nn.Linear(dim_in, config.ff_dim * (2 if self.use_gate else 1), bias=False)
 
     def activate(self, hidden: Tensor) -> Tensor:
-        """What `to_hidden` gives -> (rows, f)."""
+        """What `to_hidden` gives -> (..., f)."""
         if not self.use_gate:
-            return F.relu(hidden).t()
-        value, gate = hidden.chunk(2, dim=0)
-        return (value * F.gelu(gate)).t()
+            return F.relu(hidden)
+        value, gate = hidden.chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, n, d) -> (b, n, f)."""
-        return self.activate(self.to_hidden(x.flatten(0, 1))).view(*x.shape[:2], -1)
+        """(..., d) -> (..., f)."""
+        return self.activate(self.to_hidden(x))
 
 
-HIDDEN_AT_ONCE = 2**21  # numbers of the largest hidden layer that a feed-forward makes at once on a CPU
+HIDDEN_AT_ONCE = 2**21  # numbers of the largest hidden layer that a feed-forward makes at once
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.dropout = config.ff_dropout
         self.norm = make_norm(config)
         self.hidden = Hidden(config, config.dim)
         self.to_out = nn.Linear(config.ff_dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.ff_dropout)
+        self.rows_at_once = max(64, HIDDEN_AT_ONCE // (config.ff_dim * (1 + self.hidden.use_gate)))
 
     def widen(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.hidden.to_hidden(self.norm(x))
@@ -603,79 +161,16 @@ class FeedForward(nn.Module):
         out: Tensor = self.to_out(self.hidden.activate(hidden))
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mode: Mode) -> Tensor:
         """(b, n, d) -> (b, n, d)."""
-        rows, size = x.flatten(0, 1), self.rows_at_once(x)
-        parts = [recomputed(self.narrow, recomputed(self.widen, part)) for part in torch.split(rows, size)]
-        out: Tensor = self.dropout(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return out.view(x.shape)
-
-    def rows_at_once(self, x: Tensor) -> int:
-        """Tokens whose hidden layers exist at once, beside those kept for the backward pass: a CPU computes as fast."""
-        count = x.shape[0] * x.shape[1]
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return count
-        return max(64, HIDDEN_AT_ONCE // self.hidden.to_hidden.out_features // 64 * 64)
+        rows = x.flatten(0, 1)
+        parts = -(-rows.shape[0] // self.rows_at_once) if mode.in_parts else 1
+        chunks = rows.chunk(parts) if parts > 1 else (rows,)
+        out = [mode.recomputed(self.narrow, mode.recomputed(self.widen, part)) for part in chunks]
+        return mode.dropout(torch.cat(out) if len(out) > 1 else out[0], self.dropout).view(x.shape)
 
 
-# --------------------------------------------------------------------------------------------------------- 4 positions
-
-
-class Piece(NamedTuple):
-    """Part of a call that the layers take at once: n tokens of one block, or t whole blocks.
-
-    Rows agree, and `start`, `place` and `complete` are no tensors, or they differ, and then these are (b,) and `counts`
-    says how many of the n tokens a row really brings. Several blocks only when every memory is full.
-    """
-
-    start: int | Tensor  # the first token of the piece in the call
-    place: int | Tensor  # tokens already in the block
-    t: int  # blocks
-    n: int  # tokens of each
-    complete: bool | Tensor  # whether the block is full afterwards
-    blocks: int  # complete blocks that every row remembers
-    ahead: Tensor | None = None  # (b,) blocks that a row remembers beyond these
-    counts: Tensor | None = None
-    overwrite: bool = False  # the memories before the piece are given away: new tokens may be written into them
-
-    def one_by_one(self) -> list[Piece]:
-        """The same piece, a block at a time."""
-        return [self._replace(t=1)] * self.t
-
-
-class Distances(NamedTuple):
-    """Query position - key position, for all queries and keys of a piece."""
-
-    values: Tensor  # all that occur, ascending
-    seen: Tensor  # which of them a query sees, bool
-    pairs: Tensor  # index into these for each query and key, (n, j), or (b, n, j) where places differ
-
-
-class Pattern(NamedTuple):
-    """Who sees whom in the self-attention of a piece, for a layer that remembers m entries.
-
-    Positions count from the start of the block; remembered entries stand at -m ... -1.
-    """
-
-    first: int  # of [remembered entries ; block], the part that some query sees: from here
-    last: int  # to here
-    distances: Distances | None  # where there is a mask or a position bias
-    mask: Tensor | None  # True where visible, (n, j) or (b, n, j); None: everywhere, or causal
-    added: Tensor | None  # the same as what is added to the logits, see `additive`; None with a position bias
-    causal: bool  # n = j, and each query sees the keys up to its own
-    q_tables: Rotation | None  # the rotary tables of the queries, and of all of [remembered entries ; block]
-    k_tables: Rotation | None
-    new_tables: Rotation | None  # those of the keys of the new tokens
-
-
-class Rotation(NamedTuple):
-    """cos and sin of the angles of some positions, times their xPos factor. Each (..., j, e), at least fp32.
-
-    The sine has a minus sign in the first half of the channels, which takes from the second.
-    """
-
-    cos: Tensor
-    sin: Tensor
+# ------------------------------------------------------------------------------------------------------- 2 positions
 
 
 class XPos(nn.Module):
@@ -727,14 +222,6 @@ class XPos(nn.Module):
         return Rotation(cos_q, sin_q), Rotation(cos_k, sin_k)
 
 
-def rotate(x: Tensor, table: Rotation | None) -> Tensor:
-    """x (..., j, e) turned by its positions."""
-    if table is None:
-        return x
-    turned = x.roll(x.shape[-1] // 2, dims=-1)  # the other of each pair
-    return torch.addcmul(x * table.cos, turned, table.sin).to(x.dtype)
-
-
 class T5Bias(nn.Module):
     """A learned bias per head and bucket of distances (Raffel et al. 2019): 16 exact, 16 logarithmic up to 128."""
 
@@ -772,20 +259,120 @@ class DynamicBias(nn.Module):
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, config.heads))
 
     def forward(self, distance: Tensor) -> Tensor:
-        """Distances (j,) -> bias (h, j)."""
-        steps = distance.clamp(min=0).to(torch.promote_types(self.to_hidden.weight.dtype, torch.float32))[:, None]
-        with without_autocast(distance.device.type):  # bf16 tells 256 distances apart, and no more
+        """Distances (j,) -> bias (h, j), in at least fp32: bf16 tells 256 distances apart, and no more."""
+        own = next(self.parameters(), distance.new_zeros((), dtype=torch.float32)).dtype
+        steps = distance.clamp(min=0).to(torch.promote_types(own, torch.float32))[:, None]
+        with without_autocast(distance.device.type):
             x = torch.log1p(steps) if self.use_log else steps / self.unit
             for layer in (self.to_hidden, *self.mlp):
-                is_map = isinstance(layer, nn.Linear)
-                x = F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype)) if is_map else layer(x)
+                x = called_in_fp32(layer, x)
         return x.t()
 
 
 POSITION_BIASES = {"t5": T5Bias, "dynamic": DynamicBias}
 
 
-# ------------------------------------------------------------------------------------------------------- 5 attention
+class Distances(NamedTuple):
+    """Query position - key position, for all queries and keys of a span."""
+
+    values: Tensor  # all that occur, ascending
+    seen: Tensor  # which of them a query sees, bool
+    pairs: Tensor  # index into these for each query and key, (n, j), or (b, n, j) where offsets differ
+
+
+class Visibility(NamedTuple):
+    """Which keys the queries of a span see, in a layer whose memories put m entries in front of the block.
+
+    Positions count from the start of the block; entries of the memories stand at -m ... -1.
+    """
+
+    first: int  # of [memories ; block], the part that some query sees: from here
+    last: int  # to here
+    distances: Distances | None  # where there is a mask or a position bias
+    mask: Tensor | None  # True where visible, (n, j) or (b, n, j); None: everywhere, or causal
+    added: Tensor | None  # the same as what is added to the logits, see `additive`; None with a position bias
+    causal: bool  # each query sees the keys up to its own, the last query all of them
+    q_tables: Rotation | None  # the rotary tables of the queries, and of all of [memories ; block]
+    k_tables: Rotation | None
+    new_tables: Rotation | None  # those of the keys of the new tokens
+
+
+CAUSAL_BIAS_ON = {"cuda"}  # devices whose flash kernel takes keys in front of a causal block without a mask
+
+
+def make_visibility(
+    config: Config, span: Span, kinds: Sequence[MemoryKind], rotary: XPos | None, device: torch.device,
+    dtype: torch.dtype,
+) -> Visibility:  # fmt: skip
+    """Which keys the tokens of `span` see in a layer with these kinds of memory; dtype is that of the queries."""
+    offset, n, width, total = span.offset, span.length, config.block_width, sum(kind.width for kind in kinds)
+    low, high, has_gap = -total, width, False
+    if not span.is_ragged and isinstance(offset, int):
+        held, has_gap = held_entries(kinds, span.full_blocks)
+        low = -held if not config.nearest or span.num_blocks > 1 else max(-held, offset - width)
+        high = offset + n - (config.nearest if span.num_blocks == 1 else 0)
+    elif isinstance(offset, int):
+        high = offset + n
+    has_bias, causal, is_masked = config.positions in POSITION_BIASES, False, span.is_ragged or has_gap
+    if not is_masked and (n > 1 or span.num_blocks > 1):
+        is_square = low == 0 and offset == 0  # a branch, and no bool kept: `offset` may be symbolic
+        fits = config.use_flash_attn and device.type in CAUSAL_BIAS_ON and not has_bias
+        if (is_square or fits) and not config.nearest:
+            causal = True
+        else:
+            is_masked = True
+
+    distances = mask = added = None
+    if is_masked or has_bias:
+        keys = torch.arange(low, high, device=device)
+        distances = make_distances(config, offset, n, low, high, keys)
+    if is_masked and distances is not None:
+        mask = distances.seen[distances.pairs]
+        if span.is_ragged or has_gap:
+            mask = mask & held_keys(kinds, span, keys)
+        added = None if has_bias else additive(mask, config.heads // config.kv_heads, dtype)
+    first, last = total + low, total + high
+    if rotary is None:
+        return Visibility(first, last, distances, mask, added, causal, None, None, None)
+    q_tables, new_tables = rotary.at(offset, n)
+    k_tables = rotary.at(-total, total + width)[1]
+    return Visibility(first, last, distances, mask, added, causal, q_tables, k_tables, new_tables)
+
+
+def make_distances(config: Config, offset: int | Tensor, n: int, low: int, high: int, keys: Tensor) -> Distances:
+    """Between n queries from `offset` on and the keys at low ... high - 1."""
+    width, device = config.block_width, keys.device
+    queries = torch.arange(n, device=device) + (offset if isinstance(offset, int) else offset[:, None])
+    least = (offset if isinstance(offset, int) else 0) - (high - 1)
+    most = (offset if isinstance(offset, int) else width - 1) + (n - 1) - low
+    values = torch.arange(least, most + 1, device=device)
+    seen = (values >= config.nearest) & (values <= width) if config.nearest else values >= 0
+    return Distances(values, seen, queries[..., :, None] - keys - least)
+
+
+def held_entries(kinds: Sequence[MemoryKind], blocks: int) -> tuple[int, bool]:
+    """How far back from the block the farthest entry stands, and whether places nearer than it are still empty."""
+    before = farthest = held = 0
+    for kind in kinds:  # the nearest first
+        if entries := kind.held(blocks):
+            farthest = before + entries
+            held += entries
+        before += kind.width
+    return farthest, held < farthest
+
+
+def held_keys(kinds: Sequence[MemoryKind], span: Span, keys: Tensor) -> Tensor:
+    """Which keys, at positions (j,), each row holds at all, (1 or b, 1, j) bool; those of the block count as held."""
+    blocks = torch.full((1,), span.full_blocks, device=keys.device)
+    blocks = (blocks if span.extra_blocks is None else span.full_blocks + span.extra_blocks).view(-1, 1, 1)
+    is_held, before = keys >= 0, 0
+    for kind in kinds:
+        is_held = is_held | ((keys < -before) & (keys >= -before - kind.held_by_rows(blocks)))
+        before += kind.width
+    return is_held
+
+
+# ------------------------------------------------------------------------------------------------------- 3 attention
 
 
 def attend(
@@ -795,8 +382,9 @@ def attend(
     """softmax(scale q k^T + mask) v. q (b, h, n, e), k and v (b, g, j, e) -> (b, h, n, e).
 
     mask: bool (True where visible) or additive, to be broadcast to (b, h, n, j); or (b, 1, n r, j) for the r = h / g
-    heads that share a key/value head. A query that sees no key gives zeros. Where the mask allows it, the queries of r
-    heads are one long row against one matrix of keys; otherwise keys and values are taken r times.
+    heads that share a key/value head. causal: the last query sees all keys, each one before it one key less. A query
+    that sees no key gives zeros. Where the mask allows it, the queries of r heads are one long row against one matrix
+    of keys; otherwise keys and values are taken r times.
     """
     (batch, heads, n, width), groups = q.shape, k.shape[1]
     shared = heads // groups
@@ -814,10 +402,14 @@ def attend(
     if shared > 1:
         k, v = (x[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for x in (k, v))
     if use_flash:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale)
+        is_square = n == k.shape[2]
+        bias = causal_lower_right(n, k.shape[2]) if causal and not is_square else mask
+        return F.scaled_dot_product_attention(
+            q, k, v, bias, dropout_p=dropout, is_causal=causal and is_square, scale=scale
+        )
     logits = (q * scale) @ k.transpose(-1, -2)
     if causal:
-        mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(n, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - n)
     if mask is None:
         return F.dropout(logits.softmax(-1), dropout) @ v
     if mask.dtype == torch.bool:
@@ -855,26 +447,278 @@ def join_heads(x: Tensor, t: int) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0] // t, -1, x.shape[1] * x.shape[3])
 
 
-# --------------------------------------------------------------------------------------------------------- 6 memory
+class Attention(nn.Module):
+    """softmax(scale q k^T) v, and the normalisation of its queries and keys: none here, scale 1 / sqrt(dim_head).
+
+    A key takes two steps: `stored` is what all attentions on it share, `ready` what the queries of this one meet. The
+    keys of states are `stored_state` at once, and are not made ready: what is left to do goes to their queries.
+    """
+
+    scale: float
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.scale, self.use_flash = config.dim_head**-0.5, config.use_flash_attn
+
+    def stored(self, k: Tensor) -> Tensor:
+        """Keys (b, g, j, e) as they go into a memory."""
+        return k
+
+    def ready(self, k: Tensor) -> Tensor:
+        """Stored keys as the queries of this attention meet them, before they are turned by their positions."""
+        return k
+
+    def stored_state(self, k: Tensor) -> Tensor:
+        """Keys of states, for all the attentions that will read them."""
+        return self.stored(k)
+
+    def queries(self, q: Tensor) -> Tensor:
+        """Queries (b, h, n, e) to ready keys."""
+        return q
+
+    def state_queries(self, q: Tensor) -> Tensor:
+        """Queries (b, h, n, e) to stored states."""
+        return self.queries(q)
+
+    def scaled_bias(self, bias: Tensor) -> Tensor:
+        """A position bias (h, j) in the units of the logits."""
+        return bias
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+    ) -> Tensor:
+        """`attend`, for queries and keys that have been through the methods above."""
+        return attend(
+            q, k, v, scale=self.scale, mask=mask, causal=causal, dropout=dropout, use_flash=self.use_flash
+        )
 
 
-def cat_keys(old: Tensor, new: Tensor) -> Tensor:
-    """[old ; new] along the keys."""
-    return torch.cat((old, new), dim=2) if old.shape[2] else new
+class ChannelNormAttention(Attention):
+    """Unit queries and keys, each times a learned gain per channel; logits times `qk_norm_scale` (0.4.4 meant this)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scale = config.qk_norm_scale
+        self.q_scale = nn.Parameter(torch.empty(config.dim_head))
+        self.k_scale = nn.Parameter(torch.empty(config.dim_head))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.q_scale)
+        nn.init.ones_(self.k_scale)
+
+    def ready(self, k: Tensor) -> Tensor:
+        return unit(k, self.k_scale)
+
+    def stored_state(self, k: Tensor) -> Tensor:
+        return unit(k)
+
+    def queries(self, q: Tensor) -> Tensor:
+        return unit(q, self.q_scale)
+
+    def state_queries(self, q: Tensor) -> Tensor:
+        return unit(q, self.q_scale * self.k_scale)  # q . (k g) = (q g) . k
 
 
-def extend(buffer: KV, new: KV, piece: Piece, start: int = 0) -> KV:
+class HeadNormAttention(Attention):
+    """Unit queries and keys; logits, position bias included, times |a|, a learned per head (the authors' code)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scale = 1.0
+        self.head_scale = nn.Parameter(torch.empty(config.heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.head_scale)
+
+    def stored(self, k: Tensor) -> Tensor:
+        return k * (at_least_fp32(k).square().sum(-1, keepdim=True) + 1e-6).rsqrt().to(k.dtype)
+
+    def queries(self, q: Tensor) -> Tensor:
+        return self.stored(q) * self.head_scale.abs().view(-1, 1, 1)
+
+    def scaled_bias(self, bias: Tensor) -> Tensor:
+        return bias * self.head_scale.abs()[:, None]
+
+
+ATTENTIONS = {"none": Attention, "channel": ChannelNormAttention, "head": HeadNormAttention}
+
+
+# -------------------------------------------------------------------------------------------------------- 4 memories
+
+
+class Appended(NamedTuple):
+    """What comes of whole blocks that a memory takes in."""
+
+    seen: KV  # the entries that the tokens of each block see, (b, t, g, width, e)
+    evicted: KV | None  # what the blocks push out, (b, g, t w, e), for the kinds of memory behind this one
+    memory: Any  # afterwards
+
+
+class MemoryKind(nn.Module):
+    """A kind of memory of one layer: how much it holds, and what becomes of the blocks that go into it.
+
+    The memory itself is a value that travels; a kind holds sizes, and perhaps parameters. Blocks go into the XL memory
+    when they are complete, and what leaves that goes into every further kind. Several blocks may come at once, and
+    each must see what it would have seen had they come one by one.
+
+    Entries stand in front of the block, oldest first, aligned to the right; those that are not there yet are masked.
+    An empty memory is zeros. A value with a method `forget(rows)` of its own forgets rows by that.
+
+    Args:
+        config: of the model.
+        layer: its number, from 1.
+        options: those of `Config.extra_memories`, for a kind that is registered.
+
+    Attributes:
+        name: under which the value is carried, in `LayerMemory.past`.
+        width: entries in front of the block.
+        per_block: entries that one block becomes.
+        delay: complete blocks before the first one comes in.
+    """
+
+    name: str = ""
+    width: int = 0
+    per_block: int = 1
+    delay: int = 0
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.block_width, self.kv_heads, self.dim_head = config.block_width, config.kv_heads, config.dim_head
+        self.delay = config.xl_width(layer) // config.block_width
+
+    def empty(self, batch: int, like: Tensor) -> Any:
+        """A memory that holds nothing, of the type and on the device of `like`; by default a KV (b, g, width, e)."""
+        return empty_kv(like, batch, self.kv_heads, self.width, self.dim_head)
+
+    def view(self, memory: Any) -> KV:
+        """The entries that the tokens of the block being filled see, (b, g, width, e)."""
+        return cast(KV, memory)
+
+    def append(self, memory: Any, blocks: KV, span: Span) -> Appended:
+        """Takes in t whole blocks, keys and values (b, g, t w, e)."""
+        raise NotImplementedError(f"{type(self).__name__} must define append")
+
+    def append_rows(self, memory: Any, blocks: KV, span: Span, rows: Tensor) -> Appended:
+        """`append` of one block, of the given rows (b,) bool alone."""
+        appended = self.append(memory, blocks, span)
+        return appended._replace(memory=choose_rows(rows, appended.memory, memory))
+
+    def check(self, name: str, memory: Any, batch: int, like: Tensor) -> None:
+        """Raises a ValueError if a memory is not one of this kind."""
+        check_like(name, memory, self.empty(1, like.new_empty(0, device="meta")), batch, like.device)
+
+    @property
+    def blocks_until_full(self) -> int:
+        return self.delay + -(-self.width // self.per_block) if self.width else 0
+
+    def held(self, blocks: int) -> int:
+        """Entries that are there after so many complete blocks."""
+        return min(self.width, max(0, blocks - self.delay) * self.per_block)
+
+    def held_by_rows(self, blocks: Tensor) -> Tensor:
+        return ((blocks - self.delay) * self.per_block).clamp(0, self.width)
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of that shape that take the memory of one number."""
+    return like.new_zeros(()).expand(shape)
+
+
+def empty_kv(like: Tensor, *shape: int) -> KV:
+    return KV(zeros(like, *shape), zeros(like, *shape))
+
+
+def check_kv(name: str, kv: Any, shape: tuple[int, ...], like: Tensor) -> None:
+    if not isinstance(kv, KV):
+        raise ValueError(f"{name} must be a KV, not {describe(kv)}")
+    check_tensor(name, kv.k, shape, like.dtype, like.device)
+    check_tensor(name, kv.v, shape, like.dtype, like.device)
+
+
+def cat_keys(*parts: Tensor) -> Tensor:
+    """[oldest ; ... ; newest] along the keys, the last axis but one."""
+    filled = [x for x in parts if x.shape[-2]] or parts[:1]
+    return torch.cat(filled, dim=-2) if len(filled) > 1 else filled[0]
+
+
+def windows(stream: Tensor, width: int, step: int, t: int) -> Tensor:
+    """(b, g, j, e) -> (b, t, g, width, e): window i starts at i * step."""
+    if t == 1:
+        return stream[:, None, :, :width]
+    if width % step:
+        return stream.unfold(2, width, step)[:, :, :t].permute(0, 2, 1, 4, 3)
+    parts = rearrange(stream, "b g (t n) e -> b t g n e", n=step)
+    return cat_keys(*(parts[:, i : i + t] for i in range(width // step))) if width else parts[:, :t, :, :0]
+
+
+def newest(stream: KV, memory: KV) -> KV:
+    """The last entries of a stream, as many as the memory holds, in buffers of their own."""
+    width = memory.k.shape[2]
+    last = (x[:, :, x.shape[2] - width :].to(m.dtype) for x, m in zip(stream, memory))
+    return KV(*(x.clone(memory_format=torch.contiguous_format) for x in last))
+
+
+class XLMemory(MemoryKind):
+    """The keys and values of the last complete blocks (Dai et al. 2019)."""
+
+    name = "xl"
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.width, self.per_block, self.delay = config.xl_width(layer), config.block_width, 0
+
+    def append(self, memory: KV, blocks: KV, span: Span) -> Appended:
+        stream = KV(*map(cat_keys, memory, blocks))
+        seen = KV(*(windows(x, self.width, self.block_width, span.num_blocks) for x in stream))
+        evicted = KV(*(x[:, :, : blocks.k.shape[2]] for x in stream))
+        return Appended(seen, evicted, newest(stream, memory))
+
+    def check(self, name: str, memory: Any, batch: int, like: Tensor) -> None:
+        check_kv(name, memory, (batch, self.kv_heads, self.width, self.dim_head), like)
+
+
+class CompressedMemory(MemoryKind):
+    """Entries that each stand for `factor` tokens which left the XL memory: strided convolutions (Rae et al. 2019)."""
+
+    name = "compressed"
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.width, self.factor = config.compressed_width(layer), config.compressed_mem_factor
+        self.per_block = config.block_width // self.factor
+        channels = 2 * config.kv_heads * config.dim_head
+        self.conv = nn.Conv1d(channels, channels, self.factor, stride=self.factor, groups=2)
+
+    def compress(self, evicted: KV, t: int) -> KV:
+        """(b, g, t w, e) -> (b, g, t (w // factor), e); the oldest w mod factor tokens of a block are passed over."""
+        g = self.kv_heads
+        both = torch.cat([rearrange(x, "b g (t w) e -> (b t) (g e) w", t=t) for x in evicted], dim=1)
+        k, v = self.conv(both[:, :, self.block_width % self.factor :]).chunk(2, dim=1)
+        return KV(*(rearrange(x, "(b t) (g e) w -> b g (t w) e", t=t, g=g) for x in (k, v)))
+
+    def append(self, memory: KV, blocks: KV, span: Span) -> Appended:
+        stream = KV(*map(cat_keys, memory, self.compress(blocks, span.num_blocks)))
+        seen = KV(*(windows(x, self.width, self.per_block, span.num_blocks) for x in stream))
+        return Appended(seen, None, newest(stream, memory))
+
+    def check(self, name: str, memory: Any, batch: int, like: Tensor) -> None:
+        check_kv(name, memory, (batch, self.kv_heads, self.width, self.dim_head), like)
+
+
+def extend(buffer: KV, new: KV, span: Span, start: int = 0) -> KV:
     """A buffer (b, g, j, e), in which the block begins at `start`, with the new tokens in their places."""
-    if piece.overwrite and piece.n == 1 and is_writable(buffer.k) and is_writable(buffer.v):
-        return overwritten(buffer, new, piece, start)
-    if isinstance(piece.place, int):
-        start, stop = start + piece.place, start + piece.place + piece.n
+    if span.in_place and span.length == 1 and is_writable(buffer.k) and is_writable(buffer.v):
+        return overwritten(buffer, new, span, start)
+    if isinstance(span.offset, int):
+        start, stop = start + span.offset, start + span.offset + span.length
         return KV(*(torch.slice_scatter(old, x.to(old.dtype), 2, start, stop) for old, x in zip(buffer, new)))
-    assert piece.counts is not None
-    slot = torch.arange(-start, buffer.k.shape[2] - start, device=buffer.k.device) - piece.place[:, None]
-    fresh = ((slot >= 0) & (slot < piece.counts[:, None]))[:, None, :, None]
-    if piece.n > 1:
-        index = slot.clamp(0, piece.n - 1)[:, None, :, None].expand_as(buffer.k)  # into the new tokens
+    slot = torch.arange(-start, buffer.k.shape[2] - start, device=buffer.k.device) - span.offset[:, None]
+    count = span.length if span.row_lengths is None else span.row_lengths[:, None]
+    fresh = ((slot >= 0) & (slot < count))[:, None, :, None]
+    if span.length > 1:
+        index = slot.clamp(0, span.length - 1)[:, None, :, None].expand_as(buffer.k)  # into the new tokens
         new = KV(*(x.gather(2, index) for x in new))
     return KV(*(torch.where(fresh, x.to(old.dtype), old) for old, x in zip(buffer, new)))
 
@@ -886,79 +730,49 @@ def is_writable(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference()
 
 
-def overwritten(buffer: KV, new: KV, piece: Piece, start: int) -> KV:
+def overwritten(buffer: KV, new: KV, span: Span, start: int) -> KV:
     """`extend` by one token a row, in the buffer itself; a row that brings none keeps what it has there."""
     for old, x in zip(buffer, new):
-        if isinstance(piece.place, int):
-            old.narrow(2, start + piece.place, 1).copy_(x)  # an index would be a constant of a compiled graph
-        else:
-            assert piece.counts is not None
-            index = per_row(start + piece.place, old).expand_as(x)
-            old.scatter_(2, index, torch.where(per_row(piece.counts, old) > 0, x.to(old.dtype), old.gather(2, index)))
+        if isinstance(span.offset, int):
+            old.narrow(2, start + span.offset, 1).copy_(x)  # an index would be a constant of a compiled graph
+            continue
+        index, x = per_row(start + span.offset, old).expand_as(x), x.to(old.dtype)
+        if span.row_lengths is not None:
+            x = torch.where(per_row(span.row_lengths, old) > 0, x, old.gather(2, index))
+        old.scatter_(2, index, x)
     return buffer
 
 
-def windows(stream: Tensor, width: int, step: int, t: int) -> Tensor:
-    """(b, g, j, e) -> (b, t, g, width, e): window i starts at i * step."""
-    if t == 1:
-        return stream[:, None, :, :width]
-    if width % step:
-        return stream.unfold(2, width, step)[:, :, :t].permute(0, 2, 1, 4, 3)
-    parts = rearrange(stream, "b g (t n) e -> b t g n e", n=step)
-    return torch.cat([parts[:, i : i + t] for i in range(width // step)], dim=3)
+# ----------------------------------------------------------------------------------------------------------- 5 gates
 
 
-class Compressor(nn.Module):
-    """Strided convolutions that turn `factor` tokens into one entry, keys and values apart (Rae et al. 2019)."""
+class Shares(NamedTuple):
+    """What a gate decides: new state = keep * old + write * candidate. To be broadcast to (b, s, d), at least fp32."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.width, self.factor, self.groups = config.block_width, config.compressed_mem_factor, config.kv_heads
-        channels = 2 * config.kv_heads * config.dim_head
-        self.conv = nn.Conv1d(channels, channels, self.factor, stride=self.factor, groups=2)
-
-    def forward(self, evicted: KV) -> KV:
-        """(b, g, t w, e) -> (b, g, t (w // factor), e); the oldest w mod factor tokens of a block are passed over."""
-        g = self.groups
-        t = evicted.k.shape[2] // self.width
-        both = torch.cat([rearrange(x, "b g (t w) e -> (b t) (g e) w", t=t) for x in evicted], dim=1)
-        k, v = self.conv(both[:, :, self.width % self.factor :]).chunk(2, dim=1)
-        return KV(*(rearrange(x, "(b t) (g e) w -> b g (t w) e", t=t, g=g) for x in (k, v)))
+    keep: Tensor
+    write: Tensor
 
 
-def remember(
-    memory: LayerMemory, filled: KV, stream: KV | None, queue: KV | None, window: KV | None, piece: Piece
-) -> LayerMemory:
-    """The memory after a piece.
+def mixed(old: Tensor, candidate: Tensor, shares: Shares) -> Tensor:
+    """keep * old + write * candidate, in the type of the state."""
+    return torch.addcmul(old * shares.keep, candidate.to(old.dtype), shares.write)
 
-    filled: the block being filled, or whole blocks. stream, queue: [xl ; blocks that are complete now] and
-    [compressed ; what they push out of the XL memory, compressed], or None where no block is complete.
+
+class Gate(nn.Module):
+    """Decides how much of a state is kept, and how much of its candidate is written.
+
+    Args:
+        dim: of the state.
+        dim_source: of what the candidate is computed from.
+        options: `Config.gate_options`.
     """
-    if stream is None:
-        return memory._replace(block=filled, window=window)
-    xl, block = newest(stream, memory.xl), KV(*(zeros(x, *x.shape) for x in memory.block))
-    compressed = None if queue is None or memory.compressed is None else newest(queue, memory.compressed)
-    if isinstance(piece.complete, Tensor):
-        rows = piece.complete
-        xl, block = choose_rows(rows, xl, memory.xl), choose_rows(rows, block, filled)
-        if compressed is not None and memory.compressed is not None:
-            compressed = choose_rows(rows, compressed, memory.compressed)
-    return memory._replace(xl=xl, block=block, compressed=compressed, window=None)
 
+    def __init__(self, dim: int, dim_source: int) -> None:
+        super().__init__()
 
-def zeros(like: Tensor, *shape: int) -> Tensor:
-    """Zeros of that shape that take the memory of one number."""
-    return like.new_zeros(()).expand(shape)
-
-
-def newest(stream: KV, queue: KV) -> KV:
-    """The last entries of a stream, as many as the queue holds, in buffers of their own."""
-    width = queue.k.shape[2]
-    last = (x[:, :, x.shape[2] - width :].to(q.dtype) for x, q in zip(stream, queue))
-    return KV(*(x.clone(memory_format=torch.contiguous_format) for x in last))
-
-
-# ----------------------------------------------------------------------------------------------------------- 7 gates
+    def forward(self, source: Tensor, state: Tensor) -> Shares:
+        """source (b, s, dim_source), state (b, s, d) -> shares, each to be broadcast to (b, s, d)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
 
 
 class GateLinear(nn.Linear):
@@ -971,53 +785,58 @@ class GateLinear(nn.Linear):
         nn.init.normal_(self.bias, std=0.1)
 
 
-class FixedGate(nn.Module):
-    """old * g + z * (1 - g), g = sigmoid(b): a learned share per channel of the old state is kept."""
+@register_gate("fixed")
+class FixedGate(Gate):
+    """keep = sigmoid(b), write = 1 - keep: a learned share for each channel, whatever is read."""
 
     _no_weight_decay = ("keep",)
 
     def __init__(self, dim: int, dim_source: int) -> None:
-        super().__init__()
+        super().__init__(dim, dim_source)
         self.keep = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.keep, std=0.1)
 
-    def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
-        return torch.lerp(old, z.to(old.dtype), (-self.keep.to(old.dtype)).sigmoid())  # 1 - g, however small
+    def forward(self, source: Tensor, state: Tensor) -> Shares:
+        logit = self.keep.to(state.dtype)
+        return Shares(logit.sigmoid(), (-logit).sigmoid())  # 1 - keep, however small
 
 
-class FullGate(nn.Module):
-    """old * g + z * (1 - g), g = sigmoid(h W + b + 1), h the source of the candidate."""
+@register_gate("full")
+class FullGate(Gate):
+    """keep = sigmoid(h W + b + 1), write = 1 - keep, h the source of the candidate."""
 
     def __init__(self, dim: int, dim_source: int) -> None:
-        super().__init__()
+        super().__init__(dim, dim_source)
         self.to_keep = GateLinear(dim_source, dim)
 
-    def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
-        write: Tensor = (-1 - self.to_keep(source).to(old.dtype)).sigmoid()  # 1 - g
-        return torch.lerp(old, z.to(old.dtype), write)
+    def forward(self, source: Tensor, state: Tensor) -> Shares:
+        logit = self.to_keep(source).to(state.dtype) + 1
+        return Shares(logit.sigmoid(), (-logit).sigmoid())
 
 
-class LSTMGate(nn.Module):
-    """old * f + z * i, f = sigmoid(h Wf + bf + 1), i = sigmoid(h Wi + bi - 1), h the source of the candidate."""
+@register_gate("lstm")
+class LSTMGate(Gate):
+    """keep = sigmoid(h Wf + bf + 1), write = sigmoid(h Wi + bi - 1), h the source of the candidate."""
 
     def __init__(self, dim: int, dim_source: int) -> None:
-        super().__init__()
+        super().__init__(dim, dim_source)
         self.to_forget = GateLinear(dim_source, dim)
         self.to_input = GateLinear(dim_source, dim)
 
-    def forward(self, old: Tensor, z: Tensor, source: Tensor) -> Tensor:
-        forget: Tensor = (self.to_forget(source).to(old.dtype) + 1).sigmoid()
-        take: Tensor = (self.to_input(source).to(old.dtype) - 1).sigmoid()
-        return old * forget + z * take
+    def forward(self, source: Tensor, state: Tensor) -> Shares:
+        keep = (self.to_forget(source).to(state.dtype) + 1).sigmoid()
+        return Shares(keep, (self.to_input(source).to(state.dtype) - 1).sigmoid())
 
 
-GATES = {"fixed": FixedGate, "full": FullGate, "lstm": LSTMGate}
+def make_gate(config: Config, dim_source: int) -> Gate:
+    gate: Gate = GATES[config.gate](config.dim, dim_source, **config.gate_options)
+    return gate
 
 
-# --------------------------------------------------------------------------------------------------- 8 recurrent cell
+# --------------------------------------------------------------------------------------------------- 6 recurrent cell
 
 
 class SkipUpdate(nn.Module):
@@ -1026,11 +845,10 @@ class SkipUpdate(nn.Module):
     def __init__(self, config: Config, dim_attended: int) -> None:
         super().__init__()
         self.to_candidate = nn.Linear(dim_attended, config.dim, bias=config.candidate_bias)
-        self.gate = GATES[config.gate](config.dim, dim_attended)
+        self.gate = make_gate(config, dim_attended)
 
     def forward(self, state: Tensor, attended: Tensor) -> Tensor:
-        new: Tensor = self.gate(state, self.to_candidate(attended), attended)
-        return new
+        return mixed(state, self.to_candidate(attended), self.gate(attended, state))
 
 
 class DualUpdate(nn.Module):
@@ -1042,13 +860,12 @@ class DualUpdate(nn.Module):
         self.norm = make_norm(config)
         self.hidden = Hidden(config, config.dim)
         self.to_candidate = nn.Linear(config.ff_dim, config.dim, bias=config.candidate_bias)
-        self.gate = GATES[config.gate](config.dim, config.ff_dim)
+        self.gate = make_gate(config, config.ff_dim)
 
     def forward(self, state: Tensor, attended: Tensor) -> Tensor:
         state = self.attention(state, attended)
-        hidden = self.hidden(self.norm(state.to(self.to_candidate.weight.dtype)))
-        new: Tensor = self.gate(state, self.to_candidate(hidden), hidden)
-        return new
+        hidden = self.hidden(self.norm(state.to(attended.dtype)))
+        return mixed(state, self.to_candidate(hidden), self.gate(hidden, state))
 
 
 class SingleUpdate(nn.Module):
@@ -1058,12 +875,11 @@ class SingleUpdate(nn.Module):
         super().__init__()
         self.hidden = Hidden(config, dim_attended)
         self.to_candidate = nn.Linear(config.ff_dim, config.dim, bias=config.candidate_bias)
-        self.gate = GATES[config.gate](config.dim, config.ff_dim)
+        self.gate = make_gate(config, config.ff_dim)
 
     def forward(self, state: Tensor, attended: Tensor) -> Tensor:
         hidden = self.hidden(attended)
-        new: Tensor = self.gate(state, self.to_candidate(hidden).tanh(), hidden)
-        return new
+        return mixed(state, self.to_candidate(hidden).tanh(), self.gate(hidden, state))
 
 
 UPDATES = {"skip": SkipUpdate, "dual": DualUpdate, "single": SingleUpdate}
@@ -1078,20 +894,23 @@ class RecurrentCell(nn.Module):
         super().__init__()
         inner, dim = config.heads * config.dim_head, config.dim
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.use_flash = config.use_flash_attn
         self.initial = nn.Parameter(torch.empty(config.num_state_vectors, dim))
         self.ids = nn.Parameter(torch.empty(config.num_state_vectors, dim))
         self.norm = make_norm(config)
         self.to_kv = nn.Linear(dim, 2 * config.kv_heads * config.dim_head, bias=False)
         self.to_q = nn.Linear(dim, 2 * inner, bias=False)  # [of the states among themselves ; to the tokens]
-        self.self_norm = HEADS_NORMS[config.qk_norm](config)
-        self.cross_norm = HEADS_NORMS[config.qk_norm](config)
+        self.self_norm = ATTENTIONS[config.qk_norm](config)
+        self.cross_norm = ATTENTIONS[config.qk_norm](config)
         self.update = UPDATES[config.state_update](config, 2 * inner)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.initial, std=0.1)
         nn.init.normal_(self.ids)
+
+    def initial_state(self) -> Tensor:
+        """(s, d), in at least fp32."""
+        return self.initial.to(torch.promote_types(self.initial.dtype, torch.float32))
 
     def identified(self, state: Tensor) -> Tensor:
         """norm(S) + ids: what keys, values and queries of the states come from."""
@@ -1100,60 +919,63 @@ class RecurrentCell(nn.Module):
 
     def project(self, state: Tensor) -> KV:
         """State (b, s, d) -> its keys and values (b, g, s, e), shared by both directions."""
-        return self.view_of(self.identified(state))
+        return self.kv_of(self.identified(state))
 
-    def view_of(self, source: Tensor) -> KV:
+    def kv_of(self, source: Tensor) -> KV:
         k, v = split_heads(self.to_kv(source), 1, 2 * self.kv_heads).chunk(2, dim=1)
-        return KV(self.self_norm.view(k), v)
+        return KV(self.self_norm.stored_state(k), v)
 
     def write(
-        self, state: Tensor, source: Tensor, state_k: Tensor, state_v: Tensor, k: Tensor, v: Tensor,
-        mask: Tensor | None, gain: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """The state after a block whose keys and values are k, v (b, g, j, e).
+        self, state: Tensor, source: Tensor, state_k: Tensor, state_v: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The state after a block whose ready keys and values are k, v (b, g, j, e).
 
-        source: the identified state; state_k, state_v: its projection; gain: of the queries.
+        source: the identified state; state_k, state_v: its keys and values.
         """
-        q = self.self_norm.normalise(split_heads(self.to_q(source), 1, 2 * self.heads), gain)
-        to_self, to_cross = q.chunk(2, dim=1)
-        own = attend(to_self, state_k, state_v, scale=self.self_norm.scale, use_flash=self.use_flash)
-        others = attend(to_cross, k, v, scale=self.cross_norm.scale, mask=mask, use_flash=self.use_flash)
+        to_self, to_tokens = split_heads(self.to_q(source), 1, 2 * self.heads).chunk(2, dim=1)
+        own = self.self_norm(self.self_norm.state_queries(to_self), state_k, state_v)
+        others = self.cross_norm(self.cross_norm.queries(to_tokens), k, v, mask=mask)
         new: Tensor = self.update(state, torch.cat((join_heads(own, 1), join_heads(others, 1)), dim=-1))
         return new
 
-    def forward(self, state: Tensor, view: KV, tokens: KV, mask: Tensor | None = None) -> tuple[KV, Tensor]:
+    def forward(self, state: Tensor, kv: KV, tokens: KV, mask: Tensor | None, mode: Mode) -> tuple[KV, Tensor]:
         """Goes through t complete blocks.
 
         Args:
-            state: (b, s, d), as of the start of the first block, and `view`, its projection.
-            tokens: keys and values (b, t, g, j, e) that the states attend to.
+            state: (b, s, d), as of the start of the first block, and `kv`, its keys and values.
+            tokens: stored keys and values (b, t, g, j, e) that the states attend to.
             mask: (b, 1, 1, j) bool, which of these are there; None: all.
+            mode: of the call.
 
         Returns:
-            The projection of the state as of the start of each block, (b, t, g, s, e), and the state after the last.
+            Keys and values of the state as of the start of each block, (b, t, g, s, e), and the state after the last.
         """
-        views, source = [view], self.identified(state)
-        gains = self.self_norm.gain(self.heads, of_views=True), self.cross_norm.gain(self.heads)
-        gain = torch.cat([one for one in gains if one is not None]) if gains[0] is not None else None
-        blocks = list(zip(self.cross_norm.keys(tokens.k).unbind(1), tokens.v.unbind(1)))
+        kvs, source = [kv], self.identified(state)
+        blocks = list(zip(self.cross_norm.ready(tokens.k).unbind(1), tokens.v.unbind(1)))
         for k, v in blocks:
-            state = recomputed(self.write, state, source, *views[-1], k, v, mask, gain)
-            if len(views) < len(blocks):
+            state = mode.recomputed(self.write, state, source, *kvs[-1], k, v, mask)
+            if len(kvs) < len(blocks):
                 source = self.identified(state)
-                views.append(self.view_of(source))
-        return KV(*(torch.stack(x, dim=1) for x in zip(*views))), state
+                kvs.append(self.kv_of(source))
+        return KV(*(torch.stack(x, dim=1) for x in zip(*kvs))), state
 
 
-# ---------------------------------------------------------------------------------------------- 9 transformer block
+# ------------------------------------------------------------------------------------------------ 7 transformer block
 
 
-class Passed(NamedTuple):
-    """What comes out of a layer."""
+class Taken(NamedTuple):
+    """What the memory of a layer makes of the new tokens of a span."""
 
+    keys: KV  # [memories ; block] as the queries see them, (b t, g, j, e)
+    memory: LayerMemory  # after the span
+    for_states: KV | None  # what states attend to as each block completes, (b, t, g, j, e); None: no block does
+
+
+class LayerOutput(NamedTuple):
     x: Tensor  # tokens, (b, t n, d)
     memory: LayerMemory
     state: Tensor | None  # of the layer's cell, (b, s, d); None in a plain layer
-    views: KV | None  # of the states as of the start of each block, (b, t, g, s, e)
+    state_kv: KV | None  # of the states as of the start of each block, (b, t, g, s, e)
 
 
 class TransformerBlock(nn.Module):
@@ -1163,327 +985,229 @@ class TransformerBlock(nn.Module):
         super().__init__()
         is_recurrent = layer in config.recurrent_layers
         inner, reads = config.heads * config.dim_head, config.reads(layer)
-        self.heads, self.kv_heads, self.use_flash = config.heads, config.kv_heads, config.use_flash_attn
+        self.heads, self.kv_heads, self.dim_head = config.heads, config.kv_heads, config.dim_head
         self.is_own_read = layer in reads
         self.other_reads = tuple(cell for cell in reads if cell != layer)
         self.state_reads_memory = config.state_reads_memory
         self.block_width = config.block_width
-        self.xl_width, self.compressed_width = config.xl_width(layer), config.compressed_width(layer)
-        self.attn_dropout = config.attn_dropout
+        self.attn_dropout, self.input_dropout = config.attn_dropout, config.attn_input_dropout
         self.norm = make_norm(config)
-        self.input_dropout = nn.Dropout(config.attn_input_dropout)
         self.widths = [inner] * (1 + len(reads)) + [2 * config.kv_heads * config.dim_head]
         self.to_qkv = nn.Linear(config.dim, sum(self.widths), bias=False)  # [q ; a q for each read ; k ; v]
         use_norm = is_recurrent or config.all_layers_qk_rmsnorm
-        self.heads_norm = HEADS_NORMS[config.qk_norm if use_norm else "none"](config)
+        self.heads_norm = ATTENTIONS[config.qk_norm if use_norm else "none"](config)
         self.position_bias = POSITION_BIASES[config.positions](config) if config.positions in POSITION_BIASES else None
-        self.read_norm = nn.ModuleList(HEADS_NORMS[config.qk_norm](config) for _ in reads)
+        self.read_norm = nn.ModuleList(ATTENTIONS[config.qk_norm](config) for _ in reads)
         self.to_out = nn.Linear(inner * (1 + len(reads)), config.dim, bias=False)
         self.feed_forward = FeedForward(config)
-        self.compressor = Compressor(config) if config.compressed_width(layer) else None
+        self.xl = XLMemory(config, layer)
+        self.compressor = CompressedMemory(config, layer) if config.compressed_width(layer) else None
+        self.extra = nn.ModuleDict()
+        for name, options in config.extra_memories.items():
+            if layer in config.extra_layers(name):
+                own = {option: value for option, value in options.items() if option != "layers"}
+                kind: MemoryKind = MEMORIES[name](config, layer, **own)
+                kind.name = name
+                self.extra[name] = kind
         self.cell = RecurrentCell(config) if is_recurrent else None
 
-    def project(self, x: Tensor) -> Tensor:
+    @property
+    def kinds(self) -> list[MemoryKind]:
+        """The memories of complete blocks, the nearest first; each but the first takes in what leaves that."""
+        further = [] if self.compressor is None else [self.compressor]
+        return [self.xl, *further, *cast(list[MemoryKind], self.extra.values())]
+
+    def empty_memory(self, batch: int, like: Tensor) -> LayerMemory:
+        past = {kind.name: kind.empty(batch, like) for kind in self.kinds}
+        return LayerMemory(empty_kv(like, batch, self.kv_heads, self.block_width, self.dim_head), past)
+
+    def check_memory(self, name: str, memory: LayerMemory, batch: int, like: Tensor) -> None:
+        """Raises a ValueError if a carried memory is not one of this layer."""
+        kinds = self.kinds
+        if memory.past.keys() != {kind.name for kind in kinds}:
+            own = sorted(kind.name for kind in kinds)
+            raise ValueError(f"{name} has the memories {sorted(memory.past)}, this model has {own}")
+        check_kv(f"{name}, block", memory.block, (batch, self.kv_heads, self.block_width, self.dim_head), like)
+        for kind in kinds:
+            kind.check(f"{name}, {kind.name}", memory.past[kind.name], batch, like)
+        if memory.ready is not None:
+            width = self.block_width + sum(kind.width for kind in kinds)
+            check_kv(f"{name}, ready", memory.ready, (batch, self.kv_heads, width, self.dim_head), like)
+
+    # -- through the layer
+
+    def forward(
+        self, x: Tensor, memory: LayerMemory, state: Tensor | None, state_kv: KV | None, reads: Sequence[KV],
+        span: Span, visibility: Visibility, mode: Mode,
+    ) -> LayerOutput:  # fmt: skip
+        """One span of the sequence through this layer.
+
+        Args:
+            x: (b, t n, d).
+            memory: of this layer, before the span.
+            state, state_kv: of this layer's cell as of the block's start; None in a plain layer.
+            reads: keys and values (b, t, g, s, e) of other layers' states, to be read here.
+        """
+        t = span.num_blocks
+        draws = mode.use_dropout and self.input_dropout > 0
+        projected = mode.recomputed(partial(self.project, mode=mode), x, draws=draws)
+        q, *to_read, kv = torch.split(projected, self.widths, dim=-1)
+        k, v = split_heads(kv, 1, 2 * self.kv_heads).chunk(2, dim=1)
+        taken = self.remember(memory, KV(self.heads_norm.stored(k), v), span, visibility)
+        own_kv = None
+        if self.cell is not None and state is not None and state_kv is not None:
+            own_kv, state = self.updated(self.cell, state, state_kv, taken.for_states, span, mode)
+            if self.is_own_read:
+                reads = (own_kv, *reads)
+        found = [self.self_attention(q, taken.keys, visibility, t, mode), *self.read_states(to_read, reads, t)]
+        x = x + mode.recomputed(self.combine, *(join_heads(one, t) for one in found))
+        x = x + self.feed_forward(x, mode)
+        return LayerOutput(x, taken.memory, state, own_kv)
+
+    def project(self, x: Tensor, mode: Mode) -> Tensor:
         """Tokens (b, t n, d) -> their queries, keys and values, side by side."""
-        projected: Tensor = self.to_qkv(self.input_dropout(self.norm(x)))
+        projected: Tensor = self.to_qkv(mode.dropout(self.norm(x), self.input_dropout))
         return projected
 
-    def self_attention(self, q: Tensor, keys: KV, pattern: Pattern, t: int) -> Tensor:
+    def self_attention(self, q: Tensor, keys: KV, visibility: Visibility, t: int, mode: Mode) -> Tensor:
         """Queries (b, t n, h e), keys and values they see (b t, g, j, e) -> (b t, h, n, e)."""
-        q = rotate(self.heads_norm.queries(split_heads(q, t, self.heads)), pattern.q_tables)
-        mask, causal = pattern.added, pattern.causal
+        q = rotate(self.heads_norm.queries(split_heads(q, t, self.heads)), visibility.q_tables)
+        mask, causal = visibility.added, visibility.causal
         if self.position_bias is not None:
-            mask, causal = self.biases(pattern, q.dtype), False
-        dropout = self.attn_dropout if self.training else 0.0
-        return attend(q, keys.k, keys.v, scale=self.heads_norm.scale, mask=mask, causal=causal, dropout=dropout,
-                      use_flash=self.use_flash)  # fmt: skip
+            mask, causal = self.biases(visibility, q.dtype), False
+        dropout = self.attn_dropout if mode.use_dropout else 0.0
+        found: Tensor = self.heads_norm(q, keys.k, keys.v, mask=mask, causal=causal, dropout=dropout)
+        return found
 
-    def biases(self, pattern: Pattern, dtype: torch.dtype) -> Tensor:
+    def biases(self, visibility: Visibility, dtype: torch.dtype) -> Tensor:
         """The position bias of each query and key, -inf where the key is not seen, (1 or b, h, n, j)."""
-        assert pattern.distances is not None and self.position_bias is not None
-        values, seen, pairs = pattern.distances
-        bias = self.heads_norm.scaled(self.position_bias(values)).to(dtype).masked_fill(~seen, -math.inf)
+        assert visibility.distances is not None and self.position_bias is not None
+        values, seen, pairs = visibility.distances
+        bias = self.heads_norm.scaled_bias(self.position_bias(values)).to(dtype).masked_fill(~seen, -math.inf)
         bias = bias[:, pairs].movedim(0, -3)
         bias = bias if bias.ndim == 4 else bias[None]
-        return bias if pattern.mask is None else bias.masked_fill(~batched(pattern.mask), -math.inf)
+        return bias if visibility.mask is None else bias.masked_fill(~batched(visibility.mask), -math.inf)
+
+    def read_states(self, queries: Sequence[Tensor], states: Sequence[KV], t: int) -> list[Tensor]:
+        """What the tokens find in the states: one (b t, h, n, e) for each (b, t, g, s, e) and its queries."""
+        found = []
+        for projected, attention, kv in zip(queries, cast(list[Attention], self.read_norm), states):
+            q = attention.state_queries(split_heads(projected, t, self.heads))
+            found.append(attention(q, kv.k.flatten(0, 1), kv.v.flatten(0, 1)))
+        return found
 
     def combine(self, *attended: Tensor) -> Tensor:
         """What each attention found, (b, t n, h e) -> (b, t n, d)."""
         out: Tensor = self.to_out(torch.cat(attended, dim=-1) if len(attended) > 1 else attended[0])
         return out
 
-    def read(self, queries: Sequence[Tensor], views: Sequence[KV], t: int) -> list[Tensor]:
-        """What the tokens find in the states: one (b t, h, n, e) for each view (b, t, g, s, e) and its queries."""
-        found = []
-        norms: Iterable[HeadsNorm] = self.read_norm  # type: ignore[assignment]
-        for projected, norm, view in zip(queries, norms, views):
-            q = norm.queries(split_heads(projected, t, self.heads), of_views=True)
-            k, v = (x.flatten(0, 1) for x in view)
-            found.append(attend(q, k, v, scale=norm.scale, use_flash=self.use_flash))
-        return found
+    def updated(
+        self, cell: RecurrentCell, state: Tensor, kv: KV, tokens: KV | None, span: Span, mode: Mode
+    ) -> tuple[KV, Tensor]:
+        """Keys and values of the state as of the start of each block, (b, t, g, s, e), and the state after the span."""
+        if tokens is None:
+            return KV(kv.k[:, None], kv.v[:, None]), state
+        kvs, written = cell(state, kv, tokens, self.absent_to_states(span), mode)
+        rows = span.completes
+        return kvs, written if isinstance(rows, bool) else torch.where(per_row(rows, state), written, state)
 
-    def forward(
-        self, x: Tensor, memory: LayerMemory, state: Tensor | None, view: KV | None, reads: Sequence[KV], piece: Piece,
-        pattern: Pattern,
-    ) -> Passed:  # fmt: skip
-        """One piece of the sequence through this layer.
+    # -- its memory
 
-        Args:
-            x: (b, t n, d).
-            memory: of this layer, before the piece.
-            state, view: of this layer's cell as of the block's start; None in a plain layer.
-            reads: views (b, t, g, s, e) of other layers' states, to be read here.
+    def remember(self, memory: LayerMemory, new: KV, span: Span, visibility: Visibility) -> Taken:
+        """Takes in the keys and values (b, g, t n, e) of the tokens of a span."""
+        is_whole = span.length == self.block_width and span.row_lengths is None
+        block = new if is_whole else extend(memory.block, new, span)
+        if span.completes is False:
+            ready = self.extended_ready(memory, new, span, visibility)
+            return Taken(self.visible(ready, span, visibility), LayerMemory(block, memory.past, ready), None)
+        seen, past = self.append_block(memory.past, block, span)
+        blocks = KV(*(windows(x, self.block_width, self.block_width, span.num_blocks) for x in block))
+        if is_whole:
+            k, v = (cat_keys(*parts, own).flatten(0, 1) for own, *parts in zip(blocks, *reversed(seen)))
+            keys = KV(self.made_ready(k, visibility.k_tables), v)
+        else:
+            keys = self.extended_ready(memory, new, span, visibility)
+        for_states = KV(*map(cat_keys, self.held_in_xl(seen[0], span), blocks)) if self.state_reads_memory else blocks
+        left = KV(*(zeros(x, *x.shape) for x in memory.block))
+        if isinstance(span.completes, Tensor):
+            left = choose_rows(span.completes, left, block)
+        return Taken(self.visible(keys, span, visibility), LayerMemory(left, past), for_states)
 
-        Returns:
-            Tokens, memory and state after the piece, and the views of the own state.
-        """
-        t = piece.t
-        projected = recomputed(self.project, x, draws=self.input_dropout.p > 0)
-        q, *to_read, kv = torch.split(projected, self.widths, dim=-1)
-        k, v = split_heads(kv, 1, 2 * self.kv_heads).chunk(2, dim=1)
-        new = KV(self.heads_norm.store(k), v)
-        is_whole = piece.n == self.block_width and piece.counts is None
-        filled = new if is_whole else extend(memory.block, new, piece)
-        stream = queue = None
-        if piece.complete is not False:
-            stream = KV(*map(cat_keys, memory.xl, filled))
-        if stream is not None and memory.compressed is not None and self.compressor is not None:
-            evicted = self.compressor(KV(*(x[:, :, : filled.k.shape[2]] for x in stream)))
-            queue = KV(*map(cat_keys, memory.compressed, evicted))
+    def append_block(self, past: dict[str, Any], block: KV, span: Span) -> tuple[list[KV], dict[str, Any]]:
+        """Puts blocks (b, g, t w, e) into all memories: what each block sees, the nearest first, and what is left."""
+        seen, after = [], dict(past)
+        blocks, rows = block, span.completes
+        for kind in self.kinds:
+            if kind is not self.xl:
+                rows = arriving(span, self.xl.blocks_until_full)
+            if isinstance(rows, Tensor):
+                appended = kind.append_rows(past[kind.name], blocks, span, rows)
+            elif rows:
+                appended = kind.append(past[kind.name], blocks, span)
+            else:
+                appended = Appended(KV(*(x[:, None] for x in kind.view(past[kind.name]))), None, past[kind.name])
+            seen.append(appended.seen)
+            after[kind.name] = appended.memory
+            blocks = blocks if appended.evicted is None else appended.evicted
+        return seen, after
 
-        views = None
-        if self.cell is not None and state is not None and view is not None:
-            views = KV(view.k[:, None], view.v[:, None])
-            if stream is not None:
-                views, written = self.cell(state, view, *self.to_be_read_by_states(stream, filled, piece))
-                rows = piece.complete
-                state = written if isinstance(rows, bool) else torch.where(per_row(rows, state), written, state)
-            if self.is_own_read:
-                reads = (views, *reads)
-
-        window = None if is_whole else self.extended_window(memory, new, pattern, piece)
-        keys = window or self.whole_windows(memory, filled, stream, queue, pattern, t)
-        if t == 1:
-            keys = KV(*(x[:, :, pattern.first : pattern.last] for x in keys))
-        attended = [self.self_attention(q, keys, pattern, t), *self.read(to_read, reads, t)]
-        x = x + recomputed(self.combine, *(join_heads(found, t) for found in attended))
-        x = x + self.feed_forward(x)
-        return Passed(x, remember(memory, filled, stream, queue, window, piece), state, views)
-
-    def seen(self, k: Tensor, table: Rotation | None) -> Tensor:
+    def made_ready(self, k: Tensor, table: Rotation | None) -> Tensor:
         """Stored keys as the queries see them: normalised, scaled, and turned by their positions."""
-        return rotate(self.heads_norm.keys(k), table)
+        return rotate(self.heads_norm.ready(k), table)
 
-    def extended_window(self, memory: LayerMemory, new: KV, pattern: Pattern, piece: Piece) -> KV:
-        """[compressed ; xl ; block] with the new tokens in it, (b, g, m + w, e)."""
-        window = memory.window
-        if window is None:
-            k, v = (cat_keys(past, block) for past, block in zip(self.past(memory), memory.block))
-            window = KV(self.seen(k, pattern.k_tables), v)
-        new = KV(self.seen(new.k, pattern.new_tables), new.v)
-        return extend(window, new, piece, start=self.compressed_width + self.xl_width)
+    def extended_ready(self, memory: LayerMemory, new: KV, span: Span, visibility: Visibility) -> KV:
+        """[memories ; block] as the queries see them, with the new tokens in it, (b, g, m + w, e)."""
+        ready, kinds = memory.ready, self.kinds
+        if ready is None:
+            views = [kind.view(memory.past[kind.name]) for kind in reversed(kinds)]
+            k, v = (cat_keys(*parts) for parts in zip(*views, memory.block))
+            ready = KV(self.made_ready(k, visibility.k_tables), v)
+        new = KV(self.made_ready(new.k, visibility.new_tables), new.v)
+        return extend(ready, new, span, start=sum(kind.width for kind in kinds))
 
-    def whole_windows(
-        self, memory: LayerMemory, filled: KV, stream: KV | None, queue: KV | None, pattern: Pattern, t: int
-    ) -> KV:
-        """[compressed ; xl ; block] of each of t whole blocks, (b t, g, m + w, e)."""
-        if t == 1:
-            k, v = map(cat_keys, self.past(memory), filled)
-            return KV(self.seen(k, pattern.k_tables), v)
-        assert stream is not None
-        width, size = self.block_width, self.compressed_width
-        keys = [windows(x, self.xl_width + width, width, t) for x in stream]
-        if queue is not None:
-            keys = [torch.cat((windows(q, size, (q.shape[2] - size) // t, t), k), dim=3) for q, k in zip(queue, keys)]
-        k, v = (x.flatten(0, 1) for x in keys)
-        return KV(self.seen(k, pattern.k_tables), v)
+    def visible(self, keys: KV, span: Span, visibility: Visibility) -> KV:
+        """The part of [memories ; block] that some query sees."""
+        if span.num_blocks > 1:
+            return keys
+        return KV(*(x[:, :, visibility.first : visibility.last] for x in keys))
 
-    def past(self, memory: LayerMemory) -> KV:
-        """[compressed ; xl], (b, g, m, e)."""
-        return memory.xl if memory.compressed is None else KV(*map(cat_keys, memory.compressed, memory.xl))
+    def held_in_xl(self, seen: KV, span: Span) -> KV:
+        """The entries (b, t, g, j, e) of the XL memory that some row holds."""
+        absent = 0 if span.extra_blocks is not None else self.xl.width - self.xl.held(span.full_blocks)
+        return KV(*(x[..., absent:, :] for x in seen))
 
-    def to_be_read_by_states(self, stream: KV, filled: KV, piece: Piece) -> tuple[KV, Tensor | None]:
-        """What states attend to as each block completes, (b, t, g, j, e), and which of it is there, (b, 1, 1, j)."""
-        width, t = self.block_width, piece.t
-        if not self.state_reads_memory:
-            return KV(*(windows(x, width, width, t) for x in filled)), None
-        if piece.ahead is None:
-            absent = self.xl_width - min(self.xl_width, piece.blocks * width)
-            return KV(*(windows(x[:, :, absent:], self.xl_width + width - absent, width, t) for x in stream)), None
-        absent_rows = self.xl_width - (piece.blocks + piece.ahead) * width
-        mask = torch.arange(self.xl_width + width, device=absent_rows.device) >= absent_rows[:, None]
-        return KV(*(x[:, None] for x in stream)), mask[:, None, None]
+    def absent_to_states(self, span: Span) -> Tensor | None:
+        """Which of what states attend to each row holds, (b, 1, 1, j) bool; None: all of it."""
+        if not self.state_reads_memory or span.extra_blocks is None:
+            return None
+        held = self.xl.held_by_rows(span.full_blocks + span.extra_blocks)
+        places = torch.arange(self.xl.width + self.block_width, device=held.device)
+        return (places >= self.xl.width - held[:, None])[:, None, None]
 
 
-# -------------------------------------------------------------------------------------- 10 Block-Recurrent Transformer
+def arriving(span: Span, delay: int) -> bool | Tensor:
+    """The rows, (b,) bool, in which the block that a span completes pushes one out of an XL memory of so many."""
+    if span.full_blocks >= delay or span.completes is False:
+        return span.completes
+    if span.extra_blocks is None:
+        return False
+    full = span.full_blocks + span.extra_blocks >= delay
+    return full if span.completes is True else full & span.completes
 
 
-def make_pattern(
-    config: Config, piece: Piece, layer: int, rotary: XPos | None, device: torch.device, dtype: torch.dtype
-) -> Pattern:
-    """Who sees whom in the self-attention of `layer` during `piece`; dtype is that of the queries."""
-    xl, compressed, nearest = config.xl_width(layer), config.compressed_width(layer), config.nearest
-    place, n, width = piece.place, piece.n, config.block_width
-    is_ragged = piece.ahead is not None or not isinstance(place, int)
-    low, high = -(xl + compressed), place + n if isinstance(place, int) else width
-    if isinstance(place, int) and not is_ragged:
-        held = min(xl, piece.blocks * width)
-        held += min(compressed, max(0, piece.blocks - config.num_xl_blocks) * config.compressed_per_block)
-        low = -held if not nearest or piece.t > 1 else max(-held, place - width)
-        high = place + n - (nearest if piece.t == 1 else 0)
-    causal, is_masked = False, is_ragged
-    if not is_ragged and (n > 1 or piece.t > 1):
-        if low == 0 and place == 0 and not nearest:  # a branch, and no bool kept: `place` may be symbolic
-            causal = True
-        else:
-            is_masked = True
-
-    distances = mask = added = None
-    has_bias = config.positions in POSITION_BIASES
-    if is_masked or has_bias:
-        keys = torch.arange(low, high, device=device)
-        distances = make_distances(config, place, n, low, high, keys)
-    if is_masked and distances is not None:
-        mask = distances.seen[distances.pairs]
-        if is_ragged:
-            mask = mask & held_rows(config, piece, keys, xl, compressed)
-        added = None if has_bias else additive(mask, config.heads // config.kv_heads, dtype)
-    first, last = xl + compressed + low, xl + compressed + high
-    if rotary is None:
-        return Pattern(first, last, distances, mask, added, causal, None, None, None)
-    q_tables, new_tables = rotary.at(place, n)
-    k_tables = rotary.at(-(xl + compressed), xl + compressed + width)[1]
-    return Pattern(first, last, distances, mask, added, causal, q_tables, k_tables, new_tables)
-
-
-def make_distances(config: Config, place: int | Tensor, n: int, low: int, high: int, keys: Tensor) -> Distances:
-    """Between n queries from `place` on and the keys at low ... high - 1."""
-    width, device = config.block_width, keys.device
-    queries = torch.arange(n, device=device) + (place if isinstance(place, int) else place[:, None])
-    least = (place if isinstance(place, int) else 0) - (high - 1)
-    most = (place if isinstance(place, int) else width - 1) + (n - 1) - low
-    values = torch.arange(least, most + 1, device=device)
-    seen = (values >= config.nearest) & (values <= width) if config.nearest else values >= 0
-    return Distances(values, seen, queries[..., :, None] - keys - least)
-
-
-def held_rows(config: Config, piece: Piece, keys: Tensor, xl: int, compressed: int) -> Tensor:
-    """Which keys, at positions (j,), each row holds at all, (b, 1, j) bool; those of the block count as held."""
-    blocks = torch.as_tensor(piece.blocks, device=keys.device) + (0 if piece.ahead is None else piece.ahead)
-    blocks = blocks.view(-1, 1, 1)
-    in_xl = keys >= -(blocks * config.block_width).clamp(max=xl)
-    entries = ((blocks - config.num_xl_blocks) * config.compressed_per_block).clamp(0, compressed)
-    return torch.where(keys < -xl, keys >= -xl - entries, in_xl)
-
-
-def plan(config: Config, n: int, place: int, blocks: int, ahead: Tensor | None) -> tuple[list[Piece], Any]:
-    """Cuts n tokens into pieces while all rows agree: the rest of the block, whole blocks, the beginning of a block.
-
-    Blocks go one by one until every memory is full. Also returns (place, blocks, ahead) afterwards.
-    """
-    pieces, width, reach, start = [], config.block_width, config.reach, 0
-    while start < n:
-        if blocks >= reach:
-            ahead = None
-        whole = (n - start) // width if place == 0 and blocks >= reach else 0
-        t, tokens = (whole, width) if whole else (1, min(n - start, width - place))
-        held = blocks if reach else config.num_xl_blocks
-        if place + tokens == width:  # a branch, and no bool kept: torch.compile traces a symbolic place
-            pieces.append(Piece(start, place, t, tokens, True, held, ahead))
-            start, place, blocks = start + t * tokens, 0, min(reach, blocks + t)
-            ahead = None if ahead is None else ahead.clamp(max=reach - blocks)
-        else:
-            pieces.append(Piece(start, place, t, tokens, False, held, ahead))
-            start, place = start + tokens, place + tokens
-    return pieces, (place, blocks, None if blocks >= reach else ahead)
-
-
-def plan_rows(
-    config: Config, lengths: list[int], starts: list[int], places: list[int], held: list[int], device: torch.device
-) -> tuple[list[Piece], Any]:
-    """The same while rows differ: each piece takes every row to the end of its block, or of its tokens."""
-    width, reach, pieces = config.block_width, config.reach, []
-
-    def tensor(values: list[Any]) -> Tensor:
-        return torch.tensor(values, device=device)
-
-    def agreed(values: list[int]) -> int | Tensor:
-        return values[0] if len(set(values)) == 1 else tensor(values)
-
-    def ahead() -> Tensor | None:
-        return None if len(set(held)) == 1 else tensor([h - min(held) for h in held])
-
-    while any(start < stop for start, stop in zip(starts, lengths)):
-        left = [stop - start for start, stop in zip(starts, lengths)]
-        t = min(left) // width if not any(places) and min(held) >= reach else 0
-        counts = [t * width] * len(left) if t else [min(x, width - place) for x, place in zip(left, places)]
-        n, blocks = width if t else max(counts), min(held) if reach else config.num_xl_blocks
-        full = [place + count == width or t > 0 for place, count in zip(places, counts)]
-        if len(set(zip(places, counts))) == 1:
-            pieces.append(Piece(agreed(starts), places[0], t or 1, n, full[0], blocks, ahead()))
-        else:
-            complete = tensor(full) if any(full) else False
-            pieces.append(Piece(tensor(starts), tensor(places), 1, n, complete, blocks, ahead(), tensor(counts)))
-        starts = [start + count for start, count in zip(starts, counts)]
-        places = [0 if f else place + count for f, place, count in zip(full, places, counts)]
-        held = [min(reach, h + (t or 1)) if f else h for f, h in zip(full, held)]
-    return pieces, (agreed(places), min(held), ahead())
+# -------------------------------------------------------------------------------------- 8 Block-Recurrent Transformer
 
 
 def hand_down(layers: list[LayerMemory], complete: Tensor | bool, width: int) -> list[LayerMemory]:
     """Enhanced recurrence: the newest block in the memory of each layer becomes what the next layer computed."""
     handed = []
     for layer, above in pairwise(layers):
-        xl = KV(*(torch.cat((own[:, :, :-width], new[:, :, -width:]), dim=2) for own, new in zip(layer.xl, above.xl)))
-        handed.append(layer._replace(xl=choose_rows(complete, xl, layer.xl) if isinstance(complete, Tensor) else xl))
+        pairs = zip(layer.past["xl"], above.past["xl"])
+        xl = KV(*(torch.cat((own[:, :, :-width], new[:, :, -width:]), dim=2) for own, new in pairs))
+        if isinstance(complete, Tensor):
+            xl = choose_rows(complete, xl, layer.past["xl"])
+        handed.append(layer._replace(past=layer.past | {"xl": xl}))
     return [*handed, layers[-1]]
-
-
-LOGITS_AT_ONCE = 2**23  # numbers of the largest matrix of logits that a loss makes
-
-
-class CrossEntropy(torch.autograd.Function):
-    """The sum of the cross-entropies, in nats, of logits x W^T, of which `size` rows exist at a time.
-
-    With p = softmax(x W^T), the gradient of a row's logits is p - onehot(target). Those of x and W are taken from it
-    in the forward pass, while the rows are there, so that nothing is computed twice.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, targets: Tensor, ignore: int, size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (n, d), weight (v, d), targets (n,) -> the sum, and its gradients (n, d) and (v, d)."""
-        total, grad_weight = at_least_fp32(x.new_zeros(())), at_least_fp32(torch.zeros_like(weight))
-        grad_x = []
-        for rows, wanted in zip(torch.split(x, size), torch.split(targets, size)):
-            counted = (wanted != ignore)[:, None]
-            index = torch.where(counted, wanted[:, None], 0)
-            logits = F.linear(rows, weight)
-            p = at_least_fp32(logits).log_softmax(-1)
-            total = total - (p.gather(1, index) * counted).sum()
-            p.exp_().scatter_add_(1, index, p.new_tensor(-1).expand(index.shape))
-            grad = p.to(logits.dtype)
-            grad_x.append((grad @ weight * counted).to(x.dtype))
-            grad_weight = grad_weight + at_least_fp32(grad.t() @ (rows * counted))
-        return total, torch.cat(grad_x), grad_weight.to(weight.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, targets, ctx.ignore, _ = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, weight, targets, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, targets, grad_x, grad_weight = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again: the formula
-            p = F.linear(x, weight).softmax(-1)
-            counted = (targets != ctx.ignore)[:, None]
-            index = torch.where(counted, targets[:, None], 0)
-            wrong = p.scatter_add(1, index, -torch.ones_like(index, dtype=p.dtype)) * counted * grad
-            return wrong @ weight, wrong.t() @ x, None, None, None
-        return grad * grad_x, grad * grad_weight, None, None, None
 
 
 def init_lecun(module: nn.Module) -> None:
@@ -1499,6 +1223,24 @@ def renew_tables(model: nn.Module, _: Any) -> None:
     model.rotary.reset_tables(model.token_emb.weight)  # type: ignore[union-attr, operator]
 
 
+class Encoded(NamedTuple):
+    """What `BlockRecurrentTransformer.encode` gives."""
+
+    hidden: Tensor  # (b, n, d), after the last norm
+    memories: Memories
+    states: States
+    layers: tuple[Tensor, ...] | None  # the embedded tokens, and the output of each layer: depth + 1 of (b, n, d)
+
+
+@dataclass
+class Carry:
+    """What a call carries along from span to span."""
+
+    layers: list[LayerMemory]
+    states: dict[int, Tensor]  # by the number of the recurrent layer
+    kv: dict[int, KV]  # keys and values of these states, once they are projected
+
+
 class BlockRecurrentTransformer(nn.Module):
     """A language model that carries memories and states along a stream of tokens.
 
@@ -1506,31 +1248,43 @@ class BlockRecurrentTransformer(nn.Module):
         config: a `Config`, or its fields as keywords (`num_tokens=256, dim=512, depth=6, ...`).
 
     Raises:
-        ValueError: options out of range or that cannot go together.
+        ValueError: options out of range or that cannot be combined.
     """
 
-    @typechecked
     def __init__(self, config: Config | None = None, **options: Any) -> None:
         super().__init__()
+        if config is not None and not isinstance(config, Config):
+            raise ValueError(
+                f"config must be a Config, not {describe(config)}; sizes are given by name: num_tokens=256, ..."
+            )
         if config is not None and options:
             raise ValueError(f"config was given, and so were the options {sorted(options)}")
         self.config = config = Config(**options) if config is None else config
         self.token_emb = nn.Embedding(config.num_tokens, config.dim)
-        self.emb_dropout = nn.Dropout(config.emb_dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(1, config.depth + 1))
         self.norm = make_norm(config)
-        self.output_dropout = nn.Dropout(config.output_dropout)
         self.to_logits = None if config.tie_embeddings else nn.Linear(config.dim, config.num_tokens, bias=False)
+        kinds = [self.layer(number).kinds for number in range(1, config.depth + 1)]
         self.rotary = None
         if config.positions == "xpos":
-            layers = range(1, config.depth + 1)
-            remembered = max(config.xl_width(layer) + config.compressed_width(layer) for layer in layers)
+            remembered = max(sum(kind.width for kind in layer) for layer in kinds)
             self.rotary = XPos(config.dim_head, remembered, config.block_width)
             self.register_load_state_dict_post_hook(renew_tables)  # type: ignore[no-untyped-call]
-        self.stages = config.stages()
+        never_masked = config.empty_memory == "zeros"
+        self.reach = 0 if never_masked else max(kind.blocks_until_full for layer in kinds for kind in layer)
+        self.shape = Shape(config.block_width, self.reach, config.num_xl_blocks)
+        self.groups = config.layer_groups()
         self.cells = sorted(config.recurrent_layers)  # layers with a state, from 1
         if config.init == "lecun":
             self.apply(init_lecun)
+
+    def layer(self, number: int) -> TransformerBlock:
+        """The layer of that number, from 1."""
+        return cast(TransformerBlock, self.layers[number - 1])
+
+    def cell(self, number: int) -> RecurrentCell:
+        """The recurrent cell of the layer of that number."""
+        return cast(RecurrentCell, self.layer(number).cell)
 
     # -- other ways to make one
 
@@ -1578,15 +1332,20 @@ class BlockRecurrentTransformer(nn.Module):
     @classmethod
     def from_weights(
         cls, config: Config, weights: dict[str, Tensor], argument: str = "weights",
-        sources: Mapping[str, str] = MappingProxyType({}),
+        sources: Mapping[str, str] = MappingProxyType({}), *, take: bool = False,
     ) -> BlockRecurrentTransformer:  # fmt: skip
         """A model in eval mode with these weights, on their device and of their type.
 
-        Errors speak of `argument`, and of the entries in it from which ours were made, `sources`.
+        Args:
+            weights: by the names of the state dict.
+            argument, sources: what errors call the weights, and the entries from which they were made.
+            take: the weights become the parameters themselves, instead of being copied.
+
+        Raises:
+            ValueError: names or shapes that are not this model's.
         """
         if "token_emb.weight" not in weights:
             raise ValueError(f"{argument} has no token_emb.weight, but {sorted(weights)}")
-        like = weights["token_emb.weight"]
         with torch.device("meta"):
             model = cls(config)
         for name, wanted in model.state_dict().items():
@@ -1595,12 +1354,29 @@ class BlockRecurrentTransformer(nn.Module):
                     f"{argument}: {sources.get(name, name)} gives {name} the shape {tuple(weights[name].shape)}, "
                     f"a model of dim={config.dim} needs {tuple(wanted.shape)}"
                 )
-        model = model.to(like.dtype).to_empty(device=like.device)
+        like = weights["token_emb.weight"]
+        own = weights if take else {name: tensor.to(like, copy=True) for name, tensor in weights.items()}
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(own, assign=True)
         except RuntimeError as error:  # torch's word for entries that are missing or left over
             raise ValueError(f"{argument}: {error}") from error
         return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> BlockRecurrentTransformer:
+        """A model in eval mode from the folder of a run of train.py, or one that `save_pretrained` wrote.
+
+        See `pretrained.from_pretrained` for the options (checkpoint, device, dtype).
+        """
+        from .pretrained import from_pretrained
+
+        return from_pretrained(path, **options)
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """Writes config.json, model.safetensors and perhaps a tokenizer to a folder: `pretrained.save_pretrained`."""
+        from .pretrained import save_pretrained
+
+        save_pretrained(self, path, **options)
 
     # -- carried values
 
@@ -1608,60 +1384,67 @@ class BlockRecurrentTransformer(nn.Module):
         """Empty memories for a batch of that many rows: nothing has been read."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
-        config, weight = self.config, self.token_emb.weight
-
-        def empty(width: int) -> KV:
-            return KV(*(zeros(weight, batch, config.kv_heads, width, config.dim_head) for _ in range(2)))
-
-        layers = []
-        for layer in range(1, config.depth + 1):
-            compressed = config.compressed_width(layer)
-            xl, block = empty(config.xl_width(layer)), empty(config.block_width)
-            layers.append(LayerMemory(xl, block, empty(compressed) if compressed else None))
-        return Memories(tuple(layers), place=0, blocks=0)
+        like, numbers = self.token_emb.weight, range(1, self.config.depth + 1)
+        return Memories(tuple(self.layer(number).empty_memory(batch, like) for number in numbers), Position(0, 0))
 
     def init_states(self, batch: int) -> States:
         """The learned initial states for a batch of that many rows."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
-        return States(tuple(self.initial_state(cell).repeat(batch, 1, 1) for cell in self.cells))
+        return States(tuple(self.cell(number).initial_state().repeat(batch, 1, 1) for number in self.cells))
 
-    def initial_state(self, cell: int) -> Tensor:
-        initial: Tensor = self.layers[cell - 1].cell.initial  # type: ignore[union-attr, assignment]
-        return initial.to(torch.promote_types(initial.dtype, torch.float32))
+    # -- the way through: ids -> embed -> encode -> logits
 
-    # -- the one way through
+    def embed(self, x: Tensor, *, use_dropout: bool | None = None) -> Tensor:
+        """Token ids (b, n) -> (b, n, d)."""
+        return self.mode(use_dropout).dropout(self.token_emb(x), self.config.emb_dropout)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., v)."""
+        if self.to_logits is None:
+            return F.linear(hidden * self.config.dim**-0.5, self.token_emb.weight)
+        out: Tensor = self.to_logits(hidden)
+        return out
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | None = None,
         *,
-        xl_memories: Memories | None = None,
-        states: States | None = None,
+        inputs_embeds: Tensor | None = None,
+        xl_memories: Memories | list[Any] | None = None,
+        states: States | list[Any] | None = None,
         reset: Tensor | None = None,
         reset_states: Tensor | None = None,
         lengths: Tensor | None = None,
         return_loss: bool = False,
+        reduction: Reduction = "mean",
+        loss_weights: Tensor | None = None,
         return_hidden: bool = False,
         logits_to_keep: int | None = None,
         overwrite: bool = False,
+        use_dropout: bool | None = None,
     ) -> tuple[Tensor, Memories, States]:
         """Reads tokens where the memories left off.
 
         Args:
             x: token ids (b, n), n >= 1. With `return_loss` n + 1 of them, of which the last is only a target;
                 `ignore_index` among them is no target, and read as token 0 if it is not in the vocabulary.
+            inputs_embeds: (b, n, d) instead of ids: soft prompts, other encoders. Dropout of embeddings is the
+                caller's.
             xl_memories: what an earlier call returned; None or [] for a fresh start.
             states: likewise. Each may be given without the other.
             reset: (b,) bool, rows in which a new document begins with this call.
             reset_states: (b,) bool, rows whose states alone return to their initial values.
             lengths: (b,) int, how many of the n tokens of each row are there (padding on the right); the output
                 behind them is zero.
-            return_loss: the mean cross-entropy in nats over all targets instead of logits.
-            return_hidden: the normalised hidden states (b, n, d) instead of logits.
+            return_loss: the cross-entropy in nats of the targets instead of logits.
+            reduction: of the losses: "mean" over all targets, "sum", or "none" for (b, n).
+            loss_weights: (b, n), weights of the losses; the mean is then the weighted one.
+            return_hidden: the normalised hidden states (b, n, d) instead of logits; those of every layer: `encode`.
             logits_to_keep: only the logits of the last tokens of each row, so many.
             overwrite: `xl_memories` are given away, and a single token may be written into them instead of into a
                 copy; they must not be used again. For decoding, without gradients.
+            use_dropout: default as `model.train()` and `model.eval()` say.
 
         Returns:
             Logits (b, n, v), memories and states after the last token. They hold the graph: `detach` them between the
@@ -1669,540 +1452,299 @@ class BlockRecurrentTransformer(nn.Module):
 
         Raises:
             ValueError: token ids out of range, empty input, values carried over from another model, batch, device or
-                type, or arguments that do not go together.
+                type, or arguments that cannot be combined.
         """
-        if overwrite and torch.is_grad_enabled():
-            raise ValueError("overwrite=True goes without gradients: call the model under torch.no_grad()")
+        if (x is None) == (inputs_embeds is None):
+            raise ValueError("give either x, token ids, or inputs_embeds")
+        if not return_loss and (reduction != "mean" or loss_weights is not None):
+            raise ValueError(f"reduction={reduction!r} and loss_weights need return_loss=True")
         targets = None
         if return_loss:
             x, targets = self.shifted(x, logits_to_keep, return_hidden)
-        self.check(x, xl_memories, states, {"reset": reset, "reset_states": reset_states}, lengths, logits_to_keep)
-        batch, n = x.shape
-        memories = xl_memories or self.init_memories(batch)
-        states = states or self.init_states(batch)
-        if torch.is_grad_enabled():
-            memories, states = without_prepared(memories, states)
-        memories, states = self.reset_rows(memories, states, reset, reset_states)
-        pieces, (place, blocks, ahead) = self.pieces(n, memories, lengths)
-        if overwrite:
-            pieces = [piece._replace(overwrite=True) for piece in pieces]
-
-        hidden, layers, states = self.read(self.emb_dropout(self.token_emb(x)), memories, states, pieces)
-        memories = Memories(layers, place, blocks, ahead)
-        if torch.is_grad_enabled():
-            memories, states = without_prepared(memories, states)
-        elif isinstance(place, int) and place == 0:
-            states = states._replace(views=None)
-
-        if lengths is not None or any(isinstance(piece.start, Tensor) for piece in pieces):
-            hidden = self.in_order(hidden, pieces, n)
-        if lengths is not None and targets is not None:
-            behind = torch.arange(n, device=x.device) >= lengths[:, None]
-            targets = targets.masked_fill(behind, self.config.ignore_index)
-        if logits_to_keep:
-            hidden = self.last_tokens(hidden, lengths, logits_to_keep)
-        hidden = self.output_dropout(self.norm(hidden))
+        if x is not None:
+            x = check_ids(x, "x", self.token_emb.weight.device, self.config.num_tokens)
+            inputs_embeds = self.embed(x, use_dropout=use_dropout)
+        assert inputs_embeds is not None
+        if logits_to_keep is not None:
+            check_count("logits_to_keep", logits_to_keep, inputs_embeds.shape[1])
+        hidden, memories, carried, _ = self.encode(
+            inputs_embeds, xl_memories=xl_memories, states=states, reset=reset, reset_states=reset_states,
+            lengths=lengths, overwrite=overwrite, use_dropout=use_dropout,
+        )  # fmt: skip
         if targets is not None:
-            return self.loss(hidden, targets), memories, states
-        return hidden if return_hidden else self.logits(hidden), memories, states
+            return self.loss(hidden, targets, lengths, reduction, loss_weights), memories, carried
+        if logits_to_keep is not None:
+            hidden = last_tokens(hidden, lengths, logits_to_keep)
+        return hidden if return_hidden else self.logits(hidden), memories, carried
 
-    def read(
-        self, x: Tensor, memories: Memories, states: States, pieces: list[Piece]
-    ) -> tuple[Tensor, tuple[LayerMemory, ...], States]:
-        """Embedded tokens (b, n, d) through all layers, piece after piece."""
-        layers = list(memories.layers)
-        state = dict(zip(self.cells, states.layers))
-        view: dict[int, KV] = dict(zip(self.cells, states.views or ()))
-        read = []
-        for piece in pieces:
-            if len(pieces) == 1 and isinstance(piece.start, int):
-                part = x
-            elif isinstance(piece.start, int):
-                part = x[:, piece.start : piece.start + piece.t * piece.n]
-            else:
-                index = piece.start[:, None] + torch.arange(piece.t * piece.n, device=x.device)
-                part = x.gather(1, index.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
-            seen: dict[int, KV] = {}  # the views as of the start of each block of the piece
-            patterns = self.patterns(piece, x.device)
-            for stage in self.stages:
-                part = self.run_stage(stage, part, layers, state, view, seen, piece, patterns)
-            read.append(part)
-        hidden = read[0] if len(read) == 1 else torch.cat([x[:, :0], *read], dim=1)
-        views = tuple(view[cell] for cell in self.cells) if len(view) == len(self.cells) else None
-        return hidden, tuple(layers), States(tuple(state[cell] for cell in self.cells), views)
+    def encode(
+        self,
+        embedded: Tensor,
+        *,
+        xl_memories: Memories | list[Any] | None = None,
+        states: States | list[Any] | None = None,
+        reset: Tensor | None = None,
+        reset_states: Tensor | None = None,
+        lengths: Tensor | None = None,
+        overwrite: bool = False,
+        use_dropout: bool | None = None,
+        return_layers: bool = False,
+    ) -> Encoded:
+        """Embedded tokens (b, n, d) -> hidden states: all layers, and nothing of ids or logits.
 
-    def run_stage(
-        self, stage: tuple[int, ...], x: Tensor, layers: list[LayerMemory], state: dict[int, Tensor],
-        view: dict[int, KV], seen: dict[int, KV], piece: Piece, patterns: list[Pattern],
-    ) -> Tensor:  # fmt: skip
-        """One piece through layers that must be scanned together; a layer by itself takes all its blocks at once.
-
-        `layers`, `state` and `view` (the projection of each state as of the block's start) move on to the end of the
-        piece; `seen` receives the views of the stage's own cells for the layers above.
+        Arguments as in `forward`; with `return_layers` the output of every layer, too.
         """
-        spans = piece.one_by_one() if len(stage) > 1 else [piece]
-        cells = [index + 1 for index in stage if self.layers[index].cell is not None]
-        parts: list[Tensor] = []
-        views: dict[int, list[KV]] = {cell: [] for cell in cells}
-        for span, part in zip(spans, torch.split(x, spans[0].t * spans[0].n, dim=1)):
+        if overwrite and torch.is_grad_enabled():
+            raise ValueError("overwrite=True cannot be combined with gradients: call the model under torch.no_grad()")
+        self.check(embedded, xl_memories, states, {"reset": reset, "reset_states": reset_states}, lengths)
+        batch, n, _ = embedded.shape
+        before = self.start(batch, xl_memories, states, reset, reset_states)
+        memories, carried = without_idle_rows(*before, lengths) if torch.is_grad_enabled() else before
+        plan = make_plan(self.shape, n, memories.position, lengths, batch)
+        carry = Carry(
+            list(memories.layers), dict(zip(self.cells, carried.layers)), dict(zip(self.cells, carried.kv or ()))
+        )
+        mode, outputs = self.mode(use_dropout), []
+        for span in plan.spans:
+            span = span._replace(in_place=overwrite)
+            outputs.append(self.run_span(take(embedded, span), carry, span, mode, return_layers))
+        layers = [in_order(list(parts), plan.spans, n) for parts in zip(*outputs)] or [torch.zeros_like(embedded)]
+        hidden = mode.dropout(self.norm(layers[-1]), self.config.output_dropout)
+        kv = tuple(carry.kv[cell] for cell in self.cells) if len(carry.kv) == len(self.cells) else None
+        memories = Memories(tuple(carry.layers), plan.after)
+        carried = States(tuple(carry.states[cell] for cell in self.cells), kv)
+        if torch.is_grad_enabled():
+            memories, carried = with_idle_rows(*without_derived(memories, carried), *before, lengths)
+        return Encoded(hidden, memories, carried, tuple(layers) if return_layers else None)
+
+    # -- spans, groups of layers, layers
+
+    def run_span(self, x: Tensor, carry: Carry, span: Span, mode: Mode, keep_all: bool) -> list[Tensor]:
+        """A span (b, t n, d) through all layers: what came out of the last, or with `keep_all` what went in and came
+        out of each. `carry` moves on to the end of the span."""
+        seen: dict[int, KV] = {}  # keys and values of states as of the start of each block of the span
+        visibilities, outputs = self.visibilities(span, x.device), [x]
+        for group in self.groups:
+            found = self.run_group(group, outputs[-1], carry, seen, span, visibilities, mode, keep_all)
+            outputs = [*outputs, *found] if keep_all else found
+        return outputs
+
+    def run_group(
+        self, group: tuple[int, ...], x: Tensor, carry: Carry, seen: dict[int, KV], span: Span,
+        visibilities: list[Visibility], mode: Mode, keep_all: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """A span through layers that must be scanned together; a layer by itself takes all its blocks at once.
+
+        `seen` receives the keys and values of the group's own states, for the layers above.
+        """
+        steps = span.one_by_one() if len(group) > 1 else [span]
+        cells = [index + 1 for index in group if index + 1 in carry.states]
+        outputs: list[list[Tensor]] = []
+        kvs: list[list[KV]] = []
+        for step, part in zip(steps, torch.split(x, steps[0].num_tokens, dim=1)):
             for cell in cells:
-                if cell not in view:
-                    view[cell] = self.layers[cell - 1].cell.project(state[cell])  # type: ignore[union-attr, operator]
-            now = seen | {cell: KV(*(kv[:, None] for kv in view[cell])) for cell in cells}
-            for index in stage:
-                layer, number = self.layers[index], index + 1
-                reads = [now[cell] for cell in layer.other_reads]  # type: ignore[union-attr]
-                out = self.run_layer(
-                    layer, part, layers[index], state.get(number), view.get(number), reads, span, patterns[index]
-                )
-                part, layers[index] = out.x, out.memory
-                if out.state is not None and out.views is not None:
-                    state[number], now[number] = out.state, out.views
-            for cell in cells:
-                views[cell].append(now[cell])
-                self.renew_view(cell, state, view, span.complete)
-            if self.config.enhanced_recurrence and span.complete is not False:
-                layers[:] = hand_down(layers, span.complete, self.config.block_width)
-            parts.append(part)
+                if cell not in carry.kv:
+                    carry.kv[cell] = self.cell(cell).project(carry.states[cell])
+            now = seen | {cell: KV(*(kv[:, None] for kv in carry.kv[cell])) for cell in cells}
+            found: list[Tensor] = []
+            for index in group:
+                part = self.run_layer(index, part, carry, now, step, visibilities[index], mode)
+                found = [*found, part] if keep_all else [part]
+            outputs.append(found)
+            kvs.append([now[cell] for cell in cells])
+            self.finish_block(cells, carry, step.completes)
+        for cell, parts in zip(cells, zip(*kvs)):
+            seen[cell] = KV(*(torch.cat(kv, dim=1) for kv in zip(*parts))) if len(parts) > 1 else parts[0]
+        return [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in zip(*outputs)]
+
+    def run_layer(
+        self, index: int, x: Tensor, carry: Carry, now: dict[int, KV], span: Span, visibility: Visibility, mode: Mode
+    ) -> Tensor:
+        """A span through one layer, which reads the states `now` and leaves its own in `carry` and `now`."""
+        layer, number = self.layer(index + 1), index + 1
+        arguments: dict[str, Any] = {
+            "memory": carry.layers[index], "state": carry.states.get(number), "state_kv": carry.kv.get(number),
+            "reads": [now[cell] for cell in layer.other_reads], "span": span, "visibility": visibility, "mode": mode,
+        }  # fmt: skip
+        out: LayerOutput
+        out = checkpoint(layer, x, use_reentrant=False, **arguments) if mode.checkpoint else layer(x, **arguments)
+        carry.layers[index] = out.memory
+        if out.state is not None and out.state_kv is not None:
+            carry.states[number], now[number] = out.state, out.state_kv
+        return out.x
+
+    def finish_block(self, cells: list[int], carry: Carry, complete: bool | Tensor) -> None:
+        """Where a block is complete, the next one has to project the new states."""
+        if complete is False:
+            return
         for cell in cells:
-            seen[cell] = KV(*(torch.cat(kv, dim=1) for kv in zip(*views[cell]))) if len(spans) > 1 else views[cell][0]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            kv = carry.kv.pop(cell)
+            if isinstance(complete, Tensor):
+                carry.kv[cell] = choose_rows(complete, self.cell(cell).project(carry.states[cell]), kv)
+        if self.config.enhanced_recurrence:
+            carry.layers[:] = hand_down(carry.layers, complete, self.config.block_width)
 
-    def run_layer(self, layer: nn.Module, *arguments: Any) -> Passed:
-        recompute = self.config.use_checkpointing and torch.is_grad_enabled() and not is_functional()
-        out: Passed = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
-        return out
-
-    def renew_view(self, cell: int, state: dict[int, Tensor], view: dict[int, KV], complete: bool | Tensor) -> None:
-        """Where a block is complete, the view of the old state goes; the next block projects the new one."""
-        if complete is True:
-            del view[cell]
-        elif isinstance(complete, Tensor):
-            new = self.layers[cell - 1].cell.project(state[cell])  # type: ignore[union-attr, operator]
-            view[cell] = choose_rows(complete, new, view[cell])
-
-    def patterns(self, piece: Piece, device: torch.device) -> list[Pattern]:
-        """Who sees whom in each layer; layers with memories of the same width share one."""
-        kinds: dict[tuple[int, int], Pattern] = {}
-        patterns, dtype = [], self.token_emb.weight.dtype
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        for layer in range(1, self.config.depth + 1):
-            kind = (self.config.xl_width(layer), self.config.compressed_width(layer))
-            if kind not in kinds:
-                kinds[kind] = make_pattern(self.config, piece, layer, self.rotary, device, dtype)
-            patterns.append(kinds[kind])
-        return patterns
+    def visibilities(self, span: Span, device: torch.device) -> list[Visibility]:
+        """Which keys the tokens see in each layer; layers with memories of the same sizes share one."""
+        known: dict[tuple[Any, ...], Visibility] = {}
+        found: list[Visibility] = []
+        dtype = matmul_dtype(self.token_emb.weight)
+        for number in range(1, self.config.depth + 1):
+            kinds = self.layer(number).kinds
+            sizes = tuple((kind.width, kind.per_block, kind.delay) for kind in kinds)
+            if sizes not in known:
+                known[sizes] = make_visibility(self.config, span, kinds, self.rotary, device, dtype)
+            found.append(known[sizes])
+        return found
 
     # -- before and after
 
-    def pieces(self, n: int, memories: Memories, lengths: Tensor | None) -> tuple[list[Piece], Any]:
-        """How a call of n tokens is cut, and (place, blocks, ahead) after it. Reads data only where rows differ."""
-        config, (_, place, blocks, ahead) = self.config, memories
-        if lengths is None and isinstance(place, int):
-            return plan(config, n, place, blocks, ahead)
-        batch, device = memories.layers[0].block.k.shape[0], memories.layers[0].block.k.device
-        places = [place] * batch if isinstance(place, int) else place.tolist()
-        held = [blocks] * batch if ahead is None else [min(config.reach, blocks + more) for more in ahead.tolist()]
-        ends = [n] * batch if lengths is None else lengths.tolist()
-        pieces: list[Piece] = []
-        starts = [0] * batch
-        if isinstance(place, int) and ahead is None and min(ends):
-            pieces, (place, blocks, _) = plan(config, min(ends), place, blocks, None)
-            starts, places, held = [min(ends)] * batch, [place] * batch, [blocks] * batch
-        rest, after = plan_rows(config, ends, starts, places, held, device)
-        return pieces + rest, after
+    def mode(self, use_dropout: bool | None = None) -> Mode:
+        """How a call that enters now is computed."""
+        has_gradients, plain = torch.is_grad_enabled(), not is_functional()
+        is_eager = plain and not torch.compiler.is_compiling()  # a compiler chooses itself what to keep
+        return Mode(
+            use_dropout=self.training if use_dropout is None else use_dropout, recompute=has_gradients and is_eager,
+            checkpoint=self.config.use_checkpointing and has_gradients and plain,
+            in_parts=is_eager and self.token_emb.weight.device.type == "cpu",
+        )  # fmt: skip
 
-    def in_order(self, hidden: Tensor, pieces: list[Piece], n: int) -> Tensor:
-        """The outputs of all pieces, (b, sum of t n, d), put where their tokens stood, (b, n, d); zero elsewhere."""
-        batch, device, base = hidden.shape[0], hidden.device, 0
-        order = torch.full((batch, n + 1), hidden.shape[1], device=device)
-        for piece in pieces:
-            size = piece.t * piece.n
-            index = torch.arange(size, device=device).expand(batch, size)
-            target = index + (piece.start if isinstance(piece.start, int) else piece.start[:, None])
-            if piece.counts is not None:
-                target = torch.where(index < piece.counts[:, None], target, n)
-            order.scatter_(1, target, index + base)
-            base += size
-        hidden = F.pad(hidden, (0, 0, 0, 1))
-        return hidden.gather(1, order[:, :n, None].expand(-1, -1, hidden.shape[2]))
-
-    def last_tokens(self, hidden: Tensor, lengths: Tensor | None, count: int) -> Tensor:
-        """(b, n, d) -> (b, count, d): the last tokens that each row has; zero where a row has fewer."""
-        if lengths is None:
-            return hidden[:, -count:]
-        index = lengths[:, None] - count + torch.arange(count, device=hidden.device)
-        last = hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2]))
-        return last.masked_fill((index < 0)[..., None], 0)
-
-    def reset_rows(
-        self, memories: Memories, states: States, reset: Tensor | None, reset_states: Tensor | None
-    ) -> tuple[Memories, States]:
-        """Rows of `reset` as at a fresh start, rows of `reset_states` with their initial states."""
+    def start(
+        self, batch: int, memories: Memories | list[Any] | None, states: States | list[Any] | None,
+        reset: Tensor | None, reset_states: Tensor | None,
+    ) -> tuple[Memories, States]:  # fmt: skip
+        """What a call begins with: carried or fresh values, in which rows of `reset` have read nothing, and rows of
+        `reset_states` have their initial states."""
+        begun = memories if isinstance(memories, Memories) else self.init_memories(batch)
+        carried = states if isinstance(states, States) else self.init_states(batch)
+        if torch.is_grad_enabled():
+            begun, carried = without_derived(begun, carried)
+            if not torch.compiler.is_compiling():
+                begun, carried = trainable(begun), trainable(carried)
         if reset is not None:
-            memories = forget_rows(memories, reset)
-            blocks = tuple(layer._replace(block=zero_rows(layer.block, reset)) for layer in memories.layers)
-            memories = memories._replace(layers=blocks)
-            if isinstance(memories.place, Tensor) or memories.place:
-                place = torch.as_tensor(memories.place, device=reset.device).expand(len(reset)).masked_fill(reset, 0)
-                agreed = len(set(place.tolist())) == 1
-                memories = memories._replace(place=int(place[0]) if agreed else place)
+            begun = reset_offsets(forget_rows(begun, reset), reset)
         for rows in (reset, reset_states):
             if rows is not None:
-                pairs = zip(self.cells, states.layers)
-                fresh = tuple(torch.where(per_row(rows, old), self.initial_state(cell), old) for cell, old in pairs)
-                states = States(fresh)
-        return memories, states
+                pairs = zip(self.cells, carried.layers)
+                carried = States(tuple(
+                    torch.where(per_row(rows, old), self.cell(cell).initial_state(), old) for cell, old in pairs
+                ))  # fmt: skip
+        return begun, carried
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(b, n, d) -> (b, n, v)."""
-        if self.to_logits is None:
-            return F.linear(hidden * self.config.dim**-0.5, self.token_emb.weight)
-        out: Tensor = self.to_logits(hidden)
-        return out
-
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over the targets that count; 0 without any. Logits exist for a chunk at a time."""
-        ignore, size = self.config.ignore_index, max(1, LOGITS_AT_ONCE // self.config.num_tokens)
-        rows, wanted = hidden.flatten(0, 1), targets.flatten()
-
-        def summed(rows: Tensor, wanted: Tensor) -> Tensor:
-            return F.cross_entropy(at_least_fp32(self.logits(rows)), wanted, ignore_index=ignore, reduction="sum")
-
-        to_logits = self.to_logits
-        is_own = to_logits is None or (type(to_logits) is nn.Linear and to_logits.bias is None)
-        if len(rows) <= size or not is_own:  # another map that was put in its place is called as a whole
-            total = summed(rows, wanted)
-        elif torch.is_grad_enabled():
-            weight = self.token_emb.weight if to_logits is None else to_logits.weight
-            x = rows * self.config.dim**-0.5 if to_logits is None else rows
-            total = CrossEntropy.apply(x, weight, wanted, ignore, size)[0]  # type: ignore[no-untyped-call]
-        else:
-            total = torch.stack([*map(summed, torch.split(rows, size), torch.split(wanted, size))]).sum()
-        return total / (targets != ignore).sum().clamp(min=1)
-
-    def shifted(self, x: Tensor, logits_to_keep: int | None, return_hidden: bool) -> tuple[Tensor, Tensor]:
+    def shifted(self, x: Any, logits_to_keep: int | None, return_hidden: bool) -> tuple[Tensor, Tensor]:
         """Tokens (b, n + 1) -> inputs and targets (b, n)."""
         if logits_to_keep is not None or return_hidden:
-            raise ValueError("return_loss=True goes without logits_to_keep and return_hidden")
+            raise ValueError("return_loss=True cannot be combined with logits_to_keep and return_hidden")
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f"x must be token ids (b, n + 1) with n >= 1 when return_loss=True, not {describe(x)}")
-        self.check_ids(x, self.config.ignore_index)
+        ignore, num_tokens = self.config.ignore_index, self.config.num_tokens
+        x = check_ids(x, "x", self.token_emb.weight.device, num_tokens, ignore)
         inputs, targets = x[:, :-1], x[:, 1:].long()
-        if not 0 <= self.config.ignore_index < self.config.num_tokens:
-            inputs = inputs.masked_fill(inputs == self.config.ignore_index, 0)
+        if not 0 <= ignore < num_tokens:
+            inputs = inputs.masked_fill(inputs == ignore, 0)
         return inputs, targets
 
-    # -- generation
-
-    @typechecked
-    def generate(
-        self,
-        prime: Tensor | list[Tensor],
-        length: int | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        lengths: Tensor | None = None,
-        xl_memories: Memories | list[Any] | None = None,
-        states: States | list[Any] | None = None,
-        temperature: float = 1.0,
-        repetition_penalty: float = 1.0,
-        filter_thres: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_tokens: int | Sequence[int] = (),
-        pad_token: int = 0,
-        num_return_sequences: int = 1,
-        generator: torch.Generator | None = None,
-        return_memories_and_states: bool = False,
-    ) -> Tensor | tuple[Tensor, Memories, States]:
-        """Continues prompts, at the same cost per token however much was read before.
-
-        Args:
-            prime: prompts (b, m), m >= 1; or a list of 1-D tensors of any lengths; or padded on the right, with
-                `lengths` (b,). With `xl_memories` and `states` they continue what these have read.
-            length: tokens of prompt and continuation together, as 0.4.4 counts them (default max_seq_len + 1).
-            max_new_tokens: tokens of the continuation, instead of `length`.
-            temperature, repetition_penalty, filter_thres, top_k, top_p, min_p: see `sampling.Sampler`; temperature 0
-                is greedy. Without any filter, filter_thres is 0.9 as in 0.4.4.
-            stop_tokens: a row ends with the first of these, and is padded with `pad_token` behind it.
-            num_return_sequences: continuations of each prompt, one after the other in the rows of the result.
-            generator: source of the randomness, on the model's device.
-            return_memories_and_states: return (tokens, memories, states). The last token of each row is not read yet:
-                begin the next prompt with it.
-
-        Returns:
-            The new tokens alone, (b * num_return_sequences, n) int64; n is less than asked for if all rows stopped.
-
-        Raises:
-            ValueError: an argument out of range, or arguments that do not go together.
-        """
-        steps = self.stream(
-            prime, length, max_new_tokens=max_new_tokens, lengths=lengths, xl_memories=xl_memories, states=states,
-            temperature=temperature, repetition_penalty=repetition_penalty, filter_thres=filter_thres, top_k=top_k,
-            top_p=top_p, min_p=min_p, stop_tokens=stop_tokens, pad_token=pad_token,
-            num_return_sequences=num_return_sequences, generator=generator,
+    def loss(
+        self, hidden: Tensor, targets: Tensor, lengths: Tensor | None, reduction: Reduction, weights: Tensor | None
+    ) -> Tensor:
+        """The cross-entropy of targets (b, n) in nats; those behind `lengths` do not count."""
+        if lengths is not None:
+            behind = torch.arange(targets.shape[1], device=targets.device) >= lengths[:, None]
+            targets = targets.masked_fill(behind, self.config.ignore_index)
+        tied = self.to_logits is None
+        return cross_entropy(
+            self.logits if tied else cast(nn.Module, self.to_logits), hidden, targets, reduction=reduction,
+            weights=weights, ignore_index=self.config.ignore_index, num_tokens=self.config.num_tokens,
+            parameters=(self.token_emb.weight,) if tied else None,
         )  # fmt: skip
-        tokens = []
-        while True:
-            try:
-                tokens.append(next(steps))
-            except StopIteration as end:
-                new = torch.stack(tokens, dim=1)
-                return (new, *end.value) if return_memories_and_states else new
-
-    @typechecked
-    def stream(
-        self,
-        prime: Tensor | list[Tensor],
-        length: int | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        lengths: Tensor | None = None,
-        xl_memories: Memories | list[Any] | None = None,
-        states: States | list[Any] | None = None,
-        temperature: float = 1.0,
-        repetition_penalty: float = 1.0,
-        filter_thres: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_tokens: int | Sequence[int] = (),
-        pad_token: int = 0,
-        num_return_sequences: int = 1,
-        generator: torch.Generator | None = None,
-    ) -> Generator[Tensor, None, tuple[Memories, States]]:
-        """The same as `generate`, yielding the tokens (b,) as they come; memories and states are the return value."""
-        if filter_thres is None and top_k is None and top_p is None and min_p is None:
-            filter_thres = 0.9
-        sampler = Sampler(temperature=temperature, repetition_penalty=repetition_penalty, filter_thres=filter_thres,
-                          top_k=top_k, top_p=top_p, min_p=min_p)  # fmt: skip
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}")
-        stops = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
-        for name, ids in (("stop_tokens", stops), ("pad_token", (pad_token,))):
-            if wrong := [token for token in ids if not 0 <= token < self.config.num_tokens]:
-                raise ValueError(f"{name} holds {wrong}, num_tokens={self.config.num_tokens}")
-        prompt, lengths = self.prompts(prime, lengths)
-        counts = self.new_tokens(prompt, lengths, length, max_new_tokens)
-        return self.decode(prompt, lengths, counts, xl_memories, states, sampler, stops, pad_token,
-                           num_return_sequences, generator)  # fmt: skip
-
-    def decode(
-        self, prompt: Tensor, lengths: Tensor | None, counts: list[int], xl_memories: Any, states: Any,
-        sampler: Sampler, stops: tuple[int, ...], pad_token: int, repeats: int, generator: torch.Generator | None,
-    ) -> Generator[Tensor, None, tuple[Memories, States]]:  # fmt: skip
-        """The loop of `stream`: read, choose, yield. Rows that have ended read nothing more."""
-        modules = list(self.modules())
-        with evaluating(modules):
-            logits, memories, carried = self(
-                prompt, xl_memories=xl_memories, states=states, lengths=lengths, logits_to_keep=1
-            )
-        seen = self.seen_tokens(prompt, lengths)
-        if repeats > 1:
-            rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(repeats)
-            logits, seen, counts = logits[rows], seen[rows], [count for count in counts for _ in range(repeats)]
-            memories, carried = select_rows(memories, rows), select_rows(carried, rows)
-        stop = torch.tensor(stops, device=prompt.device, dtype=torch.long)
-        left = torch.tensor(counts, device=prompt.device)
-        can_end_early = bool(stops) or len(set(counts)) > 1
-        alive = torch.ones_like(left, dtype=torch.bool)
-        for step in range(max(counts)):
-            token = sampler(logits[:, -1], seen, generator).masked_fill(~alive, pad_token)
-            yield token.clone()
-            seen.scatter_(1, token[:, None], True)
-            alive = alive & ~torch.isin(token, stop) & (left > step + 1)
-            if step + 1 == max(counts) or (can_end_early and not alive.any()):
-                break
-            lengths = alive.long() if can_end_early and not alive.all() else None
-            with evaluating(modules):
-                logits, memories, carried = self(
-                    token[:, None], xl_memories=memories, states=carried, lengths=lengths, overwrite=True
-                )
-        return memories, carried
-
-    def prompts(self, prime: Tensor | list[Tensor], lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Prompts as (b, m) int64, and their lengths (b,) if they differ."""
-        if isinstance(prime, list):
-            if lengths is not None:
-                raise ValueError("lengths goes with a padded prime, not with a list of prompts")
-            if not prime or any(not isinstance(row, Tensor) or row.ndim != 1 or not len(row) for row in prime):
-                shown = [describe(row) for row in prime]
-                raise ValueError(f"prime must be a list of 1-D tensors of at least one token, not of {shown}")
-            lengths = torch.tensor([len(row) for row in prime], device=prime[0].device)
-            prime = nn.utils.rnn.pad_sequence(prime, batch_first=True)
-        if prime.ndim != 2 or 0 in prime.shape:
-            raise ValueError(f"prime must be (b, m) with b >= 1 and m >= 1, not {describe(prime)}")
-        self.check_ids(prime, None, "prime")
-        if lengths is not None:
-            if lengths.shape != prime.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"lengths must be ({len(prime)},) int, one per row of prime, not {describe(lengths)}")
-            if int(lengths.min()) < 1 or int(lengths.max()) > prime.shape[1]:
-                raise ValueError(f"lengths={lengths.tolist()} must be from 1 to the {prime.shape[1]} tokens of prime")
-        return prime, lengths
-
-    def new_tokens(
-        self, prompt: Tensor, lengths: Tensor | None, length: int | None, max_new_tokens: int | None
-    ) -> list[int]:
-        """How many tokens each row gets."""
-        own = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
-        if length is not None and max_new_tokens is not None:
-            raise ValueError(f"length={length} and max_new_tokens={max_new_tokens} both say how much to generate")
-        if max_new_tokens is not None:
-            if max_new_tokens < 1:
-                raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-            return [max_new_tokens] * len(own)
-        length = self.config.max_seq_len + 1 if length is None else length
-        if length <= max(own):
-            raise ValueError(
-                f"length={length} counts the prompt of {max(own)} tokens; give a larger length or max_new_tokens"
-            )
-        return [length - count for count in own]
-
-    def seen_tokens(self, prompt: Tensor, lengths: Tensor | None) -> Tensor:
-        """Which tokens each prompt holds, (b, v) bool."""
-        seen = torch.zeros(len(prompt), self.config.num_tokens + 1, dtype=torch.bool, device=prompt.device)
-        if lengths is not None:
-            behind = torch.arange(prompt.shape[1], device=prompt.device) >= lengths[:, None]
-            prompt = prompt.masked_fill(behind, self.config.num_tokens)
-        return seen.scatter_(1, prompt.long(), True)[:, :-1].contiguous()
-
-    # -- checks
 
     def check(
-        self, x: Tensor, memories: Memories | None, states: States | None, resets: dict[str, Tensor | None],
-        lengths: Tensor | None, logits_to_keep: int | None,
-    ) -> None:  # fmt: skip
-        """Raises a ValueError that names the argument and the numbers. Token ids are read on the CPU only."""
-        if not isinstance(x, Tensor) or x.ndim != 2 or 0 in x.shape:
-            raise ValueError(f"x must be token ids (b, n) with b >= 1 and n >= 1, not {describe(x)}")
-        self.check_ids(x, None)
-        batch, n = x.shape
-        for name, value, kind in (("xl_memories", memories, Memories), ("states", states, States)):
-            if isinstance(value, list) and not value:
-                continue
-            if value is not None and not isinstance(value, kind):
-                raise ValueError(
-                    f"{name} must be the {kind.__name__} that a call returned, not {type(value).__name__}; lists of "
-                    "tensors are what version 0.4.4 carried, see docs/migration.md"
-                )
+        self, embedded: Tensor, memories: Any, states: Any, resets: dict[str, Tensor | None], lengths: Tensor | None
+    ) -> None:
+        """Raises a ValueError that names the argument and the numbers."""
+        config, weight = self.config, self.token_emb.weight
+        check_embedded(embedded, config.dim)
+        batch, n, _ = embedded.shape
+        if embedded.device != weight.device:
+            raise ValueError(f"inputs_embeds is on {embedded.device}, the model is on {weight.device}")
+        check_type("xl_memories", memories, Memories)
+        check_type("states", states, States)
         if memories:
             self.check_memories(memories, batch)
         if states:
             self.check_states(states, batch)
         for name, rows in resets.items():
-            is_mask = isinstance(rows, Tensor) and rows.shape == (batch,) and rows.dtype == torch.bool
-            if rows is not None and not is_mask:
-                raise ValueError(f"{name} must be ({batch},) bool, one for each row of x, not {describe(rows)}")
-            if rows is not None and rows.device != x.device:
-                raise ValueError(f"{name} is on {rows.device}, x is on {x.device}")
-        if lengths is not None:
-            kinds = (torch.int32, torch.int64)
-            if not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.dtype not in kinds:
-                raise ValueError(f"lengths must be ({batch},) int, one for each row of x, not {describe(lengths)}")
-            if lengths.device != x.device:
-                raise ValueError(f"lengths is on {lengths.device}, x is on {x.device}")
-            if int(lengths.min()) < 0 or int(lengths.max()) > n:
-                raise ValueError(f"lengths={lengths.tolist()} must be from 0 to the n={n} tokens of x")
-        if logits_to_keep is not None and (not isinstance(logits_to_keep, int) or not 1 <= logits_to_keep <= n):
-            raise ValueError(f"logits_to_keep={logits_to_keep} must be from 1 to the n={n} tokens of x")
-
-    def check_ids(self, x: Tensor, ignore: int | None, name: str = "x") -> None:
-        if x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be token ids, int64 or int32, not {describe(x)}")
-        if x.device != self.token_emb.weight.device:
-            raise ValueError(f"{name} is on {x.device}, the model is on {self.token_emb.weight.device}")
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
-            return
-        ids = x if ignore is None else x[x != ignore]
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.num_tokens):
-            low, high = int(ids.min()), int(ids.max())
-            raise ValueError(f"{name} holds token ids from {low} to {high}, num_tokens={self.config.num_tokens}")
+            check_rows(name, rows, batch, embedded.device, (torch.bool,))
+        check_lengths(lengths, batch, n, embedded.device)
 
     def check_memories(self, memories: Memories, batch: int) -> None:
-        config, kind = self.config, (self.token_emb.weight.dtype, self.token_emb.weight.device)
-        if len(memories.layers) != config.depth:
-            raise ValueError(f"xl_memories holds {len(memories.layers)} layers, the model has depth={config.depth}")
-        for layer, memory in enumerate(memories.layers, start=1):
-            compressed = config.compressed_width(layer)
-            sizes = {"xl": config.xl_width(layer), "block": config.block_width, "compressed": compressed}
-            sizes["window"] = sum(sizes.values())
-            if (memory.compressed is None) != (compressed == 0):
-                raise ValueError(
-                    f"xl_memories: layer {layer} has {'no' if memory.compressed is None else 'a'} compressed memory, "
-                    f"the model has use_compressed_mem={config.use_compressed_mem}"
-                )
-            for name, size in sizes.items():
-                want = (batch, config.kv_heads, size, config.dim_head)
-                for kv in getattr(memory, name) or ():
-                    self.check_carried(kv, want, kind, "xl_memories, layer {}, {}", layer, name)
-        if not 0 <= memories.blocks <= config.reach:
-            raise ValueError(f"xl_memories counts blocks={memories.blocks}, this model remembers {config.reach}")
-        place = memories.place
-        for name, value, other in (("place", place, int), ("ahead", memories.ahead, type(None))):
-            is_rows = isinstance(value, Tensor) and value.shape == (batch,) and value.dtype == torch.int64
-            if not isinstance(value, other) and not is_rows:
-                raise ValueError(
-                    f"xl_memories: {name} must be ({batch},) int64, one for each row of x, not {describe(value)}"
-                )
-        ahead = memories.ahead
-        is_read = self.token_emb.weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_read and ahead is not None and int(ahead.min()) < 0:
-            raise ValueError(f"xl_memories: ahead={ahead.tolist()} must be at least 0")
-        for row in place.tolist() if isinstance(place, Tensor) else [place]:
-            if not 0 <= row < config.block_width:
-                raise ValueError(f"xl_memories stands at place {row} of a block of {config.block_width}")
+        """Raises a ValueError if these are not memories of this model, for so many rows."""
+        if len(memories.layers) != self.config.depth:
+            depth = self.config.depth
+            raise ValueError(f"xl_memories holds {len(memories.layers)} layers, the model has depth={depth}")
+        for number, memory in enumerate(memories.layers, start=1):
+            self.layer(number).check_memory(f"xl_memories, layer {number}", memory, batch, self.token_emb.weight)
+        check_position(memories.position, batch, self.config.block_width, self.reach)
 
     def check_states(self, states: States, batch: int) -> None:
+        """Raises a ValueError if these are not states of this model, for so many rows."""
         config, own = self.config, self.token_emb.weight
-        kind = torch.promote_types(own.dtype, torch.float32), own.device
-        if len(states.layers) != len(self.cells):
-            raise ValueError(f"states holds {len(states.layers)} states, the model has recurrent_layers={self.cells}")
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        for name, values in (("states", states.layers), ("keys and values", states.kv)):
+            if values is not None and len(values) != len(self.cells):
+                raise ValueError(f"states holds {len(values)} {name}, the model has recurrent_layers={self.cells}")
         for cell, state in zip(self.cells, states.layers):
-            want = (batch, config.num_state_vectors, config.dim)
-            self.check_carried(state, want, kind, "states of layer {}", cell)
-        if states.views is not None and len(states.views) != len(self.cells):
-            raise ValueError(f"states holds {len(states.views)} views, the model has recurrent_layers={self.cells}")
-        for cell, view in zip(self.cells, states.views or ()):
-            for kv in view:
+            shape = (batch, config.num_state_vectors, config.dim)
+            check_tensor(f"states of layer {cell}", state, shape, dtype, own.device)
+        for cell, kv in zip(self.cells, states.kv or ()):
+            for one in kv:  # their type is that of the autocast in force then
                 size = (batch, config.kv_heads, config.num_state_vectors, config.dim_head)
-                if tuple(kv.shape) != size:
-                    raise ValueError(f"states, view of layer {cell}: shape {tuple(kv.shape)}, this model needs {size}")
+                check_tensor(f"states, keys and values of layer {cell}", one, size, one.dtype, own.device)
 
-    def check_carried(
-        self, value: Tensor, shape: tuple[int, ...], kind: tuple[torch.dtype, torch.device], name: str, *which: Any
-    ) -> None:
-        """Compares with the shape, and the type and device, of this model; `which` fills the places in `name`."""
-        if value.shape != shape:
-            raise ValueError(f"{name.format(*which)}: shape {tuple(value.shape)}, this model and batch need {shape}")
-        if (value.dtype, value.device) != kind:
-            raise ValueError(
-                f"{name.format(*which)}: {value.dtype} on {value.device}, this model carries {kind[0]} on {kind[1]}"
-            )
+    # -- generation
+
+    def generate(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
+        """Continues prompts, at the same cost per token however much was read before: see `generation.generate`."""
+        return generation.generate(self, prime, length, **options)
+
+    def stream(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
+        """The same, yielding the tokens (b,) as they come: see `generation.stream`."""
+        return generation.stream(self, prime, length, **options)
 
 
-@contextmanager
-def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Without gradients and in eval mode; the modes of the modules come back afterwards."""
-    training = [module for module in modules if module.training]
-    with torch.no_grad():
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+def last_tokens(hidden: Tensor, lengths: Tensor | None, count: int) -> Tensor:
+    """(b, n, d) -> (b, count, d): the last tokens that each row has; zero where a row has fewer."""
+    if lengths is None:
+        return hidden[:, -count:]
+    index = lengths[:, None] - count + torch.arange(count, device=hidden.device)
+    last = hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2]))
+    return last.masked_fill((index < 0)[..., None], 0)
 
 
-def describe(value: Any) -> str:
-    """A value as an error message shows it."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+def without_idle_rows(memories: Memories, states: States, lengths: Tensor | None) -> tuple[Memories, States]:
+    """Zeros in the rows that bring no token: what they hold must not reach a gradient, not even times zero."""
+    if lengths is None:
+        return memories, states
+    idle = lengths == 0
+
+    def blank(x: Tensor) -> Tensor:
+        return x.masked_fill(per_row(idle, x), 0)
+
+    position = memories.position
+    return map_tensors(memories, blank)._replace(position=position), map_tensors(states, blank)
 
 
-# --------------------------------------------------------------------------------------- 11 training and generating on
+def with_idle_rows(
+    memories: Memories, states: States, memories_before: Memories, states_before: States, lengths: Tensor | None
+) -> tuple[Memories, States]:
+    """The rows that bring no token as they were."""
+    if lengths is None:
+        return memories, states
+    layers = choose_rows(lengths == 0, memories_before.layers, memories.layers)
+    return memories._replace(layers=layers), choose_rows(lengths == 0, states_before, states)
+
+
+# ---------------------------------------------------------------------------------------- 9 training and generating on
 
 
 class RecurrentTrainWrapper(nn.Module):
@@ -2230,11 +1772,10 @@ class RecurrentTrainWrapper(nn.Module):
         self.transformer = transformer
         if not isinstance(self.model, BlockRecurrentTransformer):
             raise ValueError(f"transformer must be a BlockRecurrentTransformer, not {type(self.model).__name__}")
-        self.config = self.model.config
+        self.config = config = self.model.config
         for name, rate in (("xl_memories_dropout", xl_memories_dropout), ("state_dropout", state_dropout)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {rate}")
-        config = self.config
         self.seq_len = config.max_seq_len if seq_len is None else seq_len
         if self.seq_len < 1:
             raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
@@ -2254,7 +1795,7 @@ class RecurrentTrainWrapper(nn.Module):
         model = self.transformer
         while (inner := model._modules.get("_orig_mod", model._modules.get("module"))) is not None:
             model = inner
-        return model  # type: ignore[return-value]
+        return cast(BlockRecurrentTransformer, model)
 
     def untrained(self) -> str:
         """The parts of the model that a segment by itself gives no gradient, in words."""
@@ -2301,7 +1842,8 @@ class RecurrentTrainWrapper(nn.Module):
         def draw(rate: float) -> Tensor | None:
             if rate == 0 or not self.training:
                 return None
-            return (torch.rand(len(x), generator=self.generator) < rate).to(x.device)
+            random = torch.rand(len(x), generator=self.generator, dtype=torch.float32, device="cpu")
+            return (random < rate).to(x.device)
 
         return draw(self.xl_memories_dropout), draw(self.state_dropout)
 
@@ -2319,32 +1861,32 @@ class RecurrentTrainWrapper(nn.Module):
         return loss, memories, states
 
     def forward(
-        self,
-        x: Tensor,
-        *,
-        xl_memories: Memories | None = None,
-        states: States | None = None,
-        reset: Tensor | None = None,
-        return_memories_and_states: bool = False,
-    ) -> Tensor | tuple[Tensor, Memories, States]:
+        self, x: Tensor, *, xl_memories: Memories | None = None, states: States | None = None,
+        reset: Tensor | None = None, return_memories_and_states: bool = False,
+    ) -> Tensor | tuple[Tensor, Memories, States]:  # fmt: skip
         """The mean cross-entropy in nats over all targets of x, (b, n + 1) token ids; one graph for all segments."""
-        losses = self.segments(x, xl_memories=xl_memories, states=states, reset=reset)
-        total: Any = 0.0
-        while True:
-            try:
-                total = total + next(losses)
-            except StopIteration as end:
-                return (total, *end.value) if return_memories_and_states else total
+        losses: list[Tensor] = []
+        memories, carried = yield_all(self.segments(x, xl_memories=xl_memories, states=states, reset=reset), losses)
+        total = torch.stack(losses).sum()
+        return (total, memories, carried) if return_memories_and_states else total
 
-    @typechecked
     def generate(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
         """`BlockRecurrentTransformer.generate` of the model; `length` may be any number of segments."""
         return self.model.generate(prime, length, **options)
 
-    @typechecked
     def stream(self, prime: Tensor | list[Tensor], length: int | None = None, **options: Any) -> Any:
         """`BlockRecurrentTransformer.stream` of the model."""
         return self.model.stream(prime, length, **options)
+
+
+def yield_all(steps: Generator[Tensor, None, tuple[Memories, States]], into: list[Tensor]) -> tuple[Memories, States]:
+    """Runs a generator to its end: what it yields goes into a list, what it returns is returned."""
+    while True:
+        try:
+            into.append(next(steps))
+        except StopIteration as end:
+            memories, states = end.value
+            return memories, states
 
 
 RecurrentTrainerWrapper = RecurrentTrainWrapper  # its name in 0.4.4

@@ -9,10 +9,10 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
-from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as model
+from block_recurrent_transformer_pytorch import kernels
 
 torch.set_num_threads(1)
-model.RECOMPUTED_FROM = 0
+kernels.RECOMPUTED_FROM = 0
 
 common = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", derandomize=True, database=None, **common)

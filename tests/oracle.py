@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
-from block_recurrent_transformer_pytorch.block_recurrent_transformer_pytorch import Memories, States
+from block_recurrent_transformer_pytorch.carried import Memories, States
 
 Pair = tuple[Tensor, Tensor]  # a key and a value, each (kv_heads, dim_head); keys neither rotated nor scaled
 
@@ -374,15 +374,16 @@ def remembered(oracle: Oracle) -> dict[str, Tensor]:
 
 def carried(config: Config, memories: Memories, states: States, row: int = -1) -> dict[str, Tensor]:
     """The same of one row of what a model carries: the filled part of each buffer."""
-    place = memories.place if isinstance(memories.place, int) else int(memories.place[row])
-    blocks = memories.blocks + (0 if memories.ahead is None else int(memories.ahead[row]))
+    position = memories.position
+    place = position.offset if isinstance(position.offset, int) else int(position.offset[row])
+    blocks = position.full_blocks + (0 if position.extra_blocks is None else int(position.extra_blocks[row]))
     if config.empty_memory == "zeros":
         blocks = config.num_xl_blocks
     compressed = max(0, blocks - config.num_xl_blocks) * (config.block_width // config.compressed_mem_factor)
     found = {}
     for number, layer in enumerate(memories.layers, start=1):
         for name, held in (("xl", blocks * config.block_width), ("compressed", compressed), ("block", place)):
-            for kind, buffer in zip(("keys", "values"), getattr(layer, name) or ()):
+            for kind, buffer in zip(("keys", "values"), layer.block if name == "block" else layer.past.get(name, ())):
                 held = min(held, buffer.shape[2])
                 start = 0 if name == "block" else buffer.shape[2] - held
                 if held:

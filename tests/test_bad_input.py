@@ -16,6 +16,7 @@ from beartype.roar import BeartypeCallHintViolation
 from block_recurrent_transformer_pytorch import (
     BlockRecurrentTransformer,
     Config,
+    Memories,
     RecurrentTrainWrapper,
     forget_rows,
     select_rows,
@@ -36,7 +37,12 @@ MODEL = small_model()
 WRAPPER = RecurrentTrainWrapper(MODEL)
 TOKENS = torch.arange(10).view(2, 5)
 with torch.no_grad():
-    _, MEMORIES, STATES = MODEL(TOKENS)  # with windows and views
+    _, MEMORIES, STATES = MODEL(TOKENS)  # with ready keys, and keys and values of states
+
+
+def at(**position: object) -> Memories:
+    """The memories, at another position."""
+    return MEMORIES._replace(position=MEMORIES.position._replace(**position))
 
 
 def says(call: Callable[[], Any], *words: object) -> None:
@@ -214,7 +220,7 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "3-D": (forward(TOKENS[None]), ("x", "(1, 2, 5)")),
     "0-D": (forward(torch.tensor(1)), ("x", "()")),
     "a list": (forward([[1, 2]]), ("x", "[[1, 2]]")),
-    "None": (forward(None), ("x", "None")),
+    "None": (forward(None), ("x", "inputs_embeds")),
     "numpy": (forward(np.zeros((2, 3), dtype=np.int64)), ("x", "array")),
     "tokens on another device": (forward(TOKENS.to("meta")), ("x", "meta", "cpu")),
     "memories as lists of tensors": (
@@ -223,8 +229,7 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "states as lists of tensors": (forward(states=[torch.zeros(2, 3, 8)]), ("states", "States", "list", "migration")),
     "a tensor for memories": (forward(xl_memories=torch.zeros(2)), ("xl_memories", "Memories", "Tensor")),
     "states for memories": (forward(xl_memories=STATES), ("xl_memories", "Memories", "States")),
-    "bytes as uint8": (lambda: small_model()(TOKENS.to(torch.uint8)), ("x", "int64", "torch.uint8 (2, ")),
-    "ids as int16": (lambda: small_model()(TOKENS.to(torch.int16)), ("x", "int64", "torch.int16 (2, ")),
+    "ids as numbers": (lambda: small_model()(TOKENS.float()), ("x", "integer", "torch.float32 (2, ")),
     "overwrite with gradients": (forward(overwrite=True), ("overwrite=True", "gradients")),
     "memories for states": (forward(states=MEMORIES), ("states", "States", "Memories")),
     "a tuple for memories": (forward(xl_memories=(1, 2)), ("xl_memories", "Memories", "tuple")),
@@ -241,33 +246,33 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "memories of two blocks": (with_memories(num_xl_blocks=2), ("xl_memories", "(2, 1, 8, 4)", "(2, 1, 4, 4)")),
     "memories of none": (with_memories(num_xl_blocks=0), ("xl_memories", "(2, 1, 0, 4)", "(2, 1, 4, 4)")),
     "compressed memories for a model without": (
-        with_memories(use_compressed_mem=True), ("xl_memories", "compressed", "use_compressed_mem=False"),
+        with_memories(use_compressed_mem=True), ("xl_memories", "compressed", "this model has ['xl']"),
     ),
     "no compressed memories for a model with": (
         lambda: small_model(use_compressed_mem=True)(TOKENS, xl_memories=MEMORIES),
-        ("xl_memories", "compressed", "use_compressed_mem=True"),
+        ("xl_memories", "this model has ['compressed', 'xl']"),
     ),
     "memories at a place outside the block": (
-        forward(xl_memories=MEMORIES._replace(place=4)), ("xl_memories", "place 4", "4"),
+        forward(xl_memories=at(offset=4)), ("xl_memories", "offset 4", "4"),
     ),
-    "memories at a float place": (forward(xl_memories=MEMORIES._replace(place=1.5)), ("xl_memories", "place", 1.5)),
+    "memories at a float place": (forward(xl_memories=at(offset=1.5)), ("xl_memories", "offset", 1.5)),
     "memories at float places": (
-        forward(xl_memories=MEMORIES._replace(place=torch.tensor([1.0, 2.0]))), ("xl_memories", "place", "float32"),
+        forward(xl_memories=at(offset=torch.tensor([1.0, 2.0]))), ("xl_memories", "offset", "float32"),
     ),
     "too few rows ahead": (
-        forward(xl_memories=MEMORIES._replace(ahead=torch.tensor([1]))), ("xl_memories", "ahead", "(2,)", "(1,)"),
+        forward(xl_memories=at(extra_blocks=torch.tensor([1]))), ("xl_memories", "extra_blocks", "(2,)", "(1,)"),
     ),
     "a negative number ahead": (
-        forward(xl_memories=MEMORIES._replace(ahead=torch.tensor([-5, 0]))), ("xl_memories", "ahead", "[-5, 0]"),
+        forward(xl_memories=at(extra_blocks=torch.tensor([-5, 0]))), ("xl_memories", "extra_blocks", "[-5, 0]"),
     ),
-    "memories at a negative place": (forward(xl_memories=MEMORIES._replace(place=-1)), ("xl_memories", "place -1")),
+    "memories at a negative place": (forward(xl_memories=at(offset=-1)), ("xl_memories", "offset -1")),
     "memories at too few places": (
-        forward(xl_memories=MEMORIES._replace(place=torch.tensor([1]))), ("xl_memories", "place", "(1,)", "(2,)"),
+        forward(xl_memories=at(offset=torch.tensor([1]))), ("xl_memories", "offset", "(1,)", "(2,)"),
     ),
     "memories at a row's place outside the block": (
-        forward(xl_memories=MEMORIES._replace(place=torch.tensor([1, 7]))), ("xl_memories", "place", 7),
+        forward(xl_memories=at(offset=torch.tensor([1, 7]))), ("xl_memories", "offset", 7),
     ),
-    "memories of too many blocks": (forward(xl_memories=MEMORIES._replace(blocks=9)), ("xl_memories", "blocks", 9)),
+    "memories of too many blocks": (forward(xl_memories=at(full_blocks=9)), ("xl_memories", "full_blocks", 9)),
     "memories on another device": (
         forward(xl_memories=torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), MEMORIES)),
         ("xl_memories", "meta", "cpu"),
@@ -279,13 +284,13 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "states of no layer": (with_states(recurrent_layers=()), ("states", 0, "recurrent_layers")),
     "states of another dtype": (with_states(dtype=torch.float64), ("states", "float64", "float32")),
     "states with the views of another model": (
-        forward(states=STATES._replace(views=carried_by(kv_heads=2)[1].views)), ("states", "(2, 2, 3, 4)"),
+        forward(states=STATES._replace(kv=carried_by(kv_heads=2)[1].kv)), ("states", "(2, 2, 3, 4)"),
     ),
     "states with views of too few layers": (
         lambda: small_model(recurrent_layers=(1, 2))(
-            TOKENS, states=carried_by(recurrent_layers=(1, 2))[1]._replace(views=STATES.views)
+            TOKENS, states=carried_by(recurrent_layers=(1, 2))[1]._replace(kv=STATES.kv)
         ),
-        ("states", "views", 1, 2),
+        ("states", "keys and values", 1, 2),
     ),
     "reset of another batch": (forward(reset=bools(True, False, True)), ("reset", "(2,)", "(3,)")),
     "reset of ints": (forward(reset=torch.tensor([1, 0])), ("reset", "bool", "int64")),

@@ -92,7 +92,7 @@ def test_ragged_reading_and_one_token():
     step = contestants.ours_token(options, 40, 3, ragged=True)
     logits, memories, _ = step()
     assert logits.shape == (3, 1, 256)
-    assert len(set(memories.place.tolist())) > 1
+    assert len(set(memories.position.offset.tolist())) > 1
     assert torch.equal(step()[0], logits)
 
 

@@ -151,7 +151,7 @@ def test_scaling_of_carried_values_is_what_is_carried():
     options = paper.options("tiny_test", "fixed:skip", num_tokens=7, block_width=8, num_state_vectors=3, max_seq_len=8)
     model = BlockRecurrentTransformer(Config(**options))
     _, memories, states = model(torch.zeros(1, 16, dtype=torch.long))
-    leaves = [x for layer in memories.layers for x in layer.xl] + list(states.layers)
+    leaves = [x for layer in memories.layers for x in layer.past["xl"]] + list(states.layers)
     assert sum(x.nbytes for x in leaves) == scaling.carried(model.config)
 
 

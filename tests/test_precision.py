@@ -71,7 +71,9 @@ def test_bf16_models_are_close(variant):
     assert relative_error(logits, exact) < 0.01
     assert all(relative_error(a, b) < 0.02 for a, b in zip(states.layers, exact_states.layers))
     assert all(
-        kv.k.dtype == kv.v.dtype == torch.bfloat16 for layer in memories.layers for kv in (layer.xl, layer.block)
+        kv.k.dtype == kv.v.dtype == torch.bfloat16
+        for layer in memories.layers
+        for kv in (layer.past["xl"], layer.block)
     )
 
 
@@ -85,7 +87,7 @@ def test_autocast_is_close(variant):
             logits, memories, states = model(x)
         assert relative_error(logits, exact) < 0.008
         assert all(relative_error(a, b) < 0.02 for a, b in zip(states.layers, exact_states.layers))
-        assert all(kv.k.dtype == torch.float32 for layer in memories.layers for kv in (layer.xl, layer.block))
+        assert all(kv.k.dtype == torch.float32 for layer in memories.layers for kv in (layer.past["xl"], layer.block))
         after, _, _ = model(x[:, :40], xl_memories=memories, states=states)
         wanted, _, _ = model(torch.cat((x, x[:, :40]), dim=1))
     assert relative_error(after, wanted[:, 160:]) < 0.01
@@ -152,8 +154,8 @@ def test_unit_keys_in_fp16_are_unit_keys(size):
     torch.manual_seed(0)
     keys = size * torch.randn(1, 1, 16, 64)
     for norm in ("head", "channel"):
-        heads_norm = module.HEADS_NORMS[norm](Config(**{**BASE, "dim_head": 64, "qk_norm": norm}))
-        kept, wanted = (heads_norm.view(k).float() for k in (keys.half(), keys))
+        heads_norm = module.ATTENTIONS[norm](Config(**{**BASE, "dim_head": 64, "qk_norm": norm}))
+        kept, wanted = (heads_norm.stored_state(k).float() for k in (keys.half(), keys))
         assert relative_error(kept, wanted) < 2e-3
 
 
@@ -162,7 +164,7 @@ def test_a_gate_that_keeps_nearly_all_still_writes():
     gate = module.FixedGate(3, 3)
     gate.keep.data.fill_(17.0)
     old, z = torch.zeros(1, 1, 3), torch.ones(1, 1, 3)
-    written = gate(old, z, z)
+    written = module.mixed(old, z, gate(z, old))
     assert_same(written, torch.full_like(written, 1 / (1 + torch.e**17)), 1e-10)
     written.sum().backward()
     assert gate.keep.grad.all()
@@ -267,7 +269,7 @@ def test_whole_blocks_are_one_call(variant, calls):
     """All blocks of a call at once in a layer that is a stage of its own."""
     model = small_model(variant)
     read(model, 16 * 6, 16 * 8, calls=calls)
-    alone = [stage for stage in model.stages if len(stage) == 1]
+    alone = [stage for stage in model.groups if len(stage) == 1]
     folded = [call for call in calls if call["q"].shape[0] == 2 * 8 and call["k"].shape[2] >= 16]
     assert len(folded) == len(alone)
     for call in folded:

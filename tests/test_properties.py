@@ -17,15 +17,8 @@ from strategies import VOCABULARY, config_options, examples, random_model, rando
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
-from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
-from block_recurrent_transformer_pytorch.block_recurrent_transformer_pytorch import (
-    Memories,
-    States,
-    detach,
-    forget_rows,
-    select_rows,
-)
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, losses
+from block_recurrent_transformer_pytorch.carried import Memories, States, detach, forget_rows, select_rows
 
 OPTIONS = config_options()
 TOLERANCE = 1e-9
@@ -287,9 +280,9 @@ def test_what_follows_from_the_rest_can_be_left_out(options: dict, data: st.Data
     before, after = length(data, model.config), length(data, model.config, 2)
     tokens = random_stream(2, before + after)
     _, memories, states = model(tokens[:, :before])
-    layers = tuple(layer._replace(window=None) for layer in memories.layers)
+    layers = tuple(layer._replace(ready=None) for layer in memories.layers)
     expected = model(tokens[:, before:], xl_memories=memories, states=states)
-    out = model(tokens[:, before:], xl_memories=memories._replace(layers=layers), states=states._replace(views=None))
+    out = model(tokens[:, before:], xl_memories=memories._replace(layers=layers), states=states._replace(kv=None))
     for row in range(2):
         assert_row_is(model, out, row, expected, row)
 
@@ -400,7 +393,7 @@ def test_what_is_carried_never_grows(options: dict, data: st.DataObject) -> None
     width = model.config.block_width
 
     def shapes(memories: Memories, states: States) -> tuple:
-        parts = [(layer.xl, layer.block, layer.compressed) for layer in memories.layers]
+        parts = [(layer.past, layer.block) for layer in memories.layers]
         return [x.shape for x in everything(parts)], [x.shape for x in everything(states.layers)]
 
     memories, states = model.init_memories(2), model.init_states(2)
@@ -409,12 +402,12 @@ def test_what_is_carried_never_grows(options: dict, data: st.DataObject) -> None
     for n in data.draw(st.lists(st.integers(1, 3 * width), min_size=1, max_size=5), label="lengths of calls"):
         _, memories, states = model(random_stream(2, n), xl_memories=memories, states=states)
         assert shapes(memories, states) == expected
-        if memories.place:
-            now = [x.shape for x in everything([layer.window for layer in memories.layers], states.views)]
+        if memories.position.offset:
+            now = [x.shape for x in everything([layer.ready for layer in memories.layers], states.kv)]
             derived = derived or now
             assert now == derived
         numbers = [value for value in tree_flatten((memories, states))[0] if not isinstance(value, Tensor)]
-        assert all(0 <= value <= width + model.config.reach for value in numbers if value is not None)
+        assert all(0 <= value <= width + model.reach for value in numbers if value is not None)
 
 
 # -------------------------------------------------------------------------------------------------- states and memories
@@ -558,7 +551,7 @@ def test_memories_given_away_serve_as_well(options: dict, is_ragged: bool, data:
         )
         assert torch.equal(got, expected)
         assert all(torch.equal(one, other) for one, other in zip(tensors(overwritten), tensors(copied)))
-        if int(torch.as_tensor(overwritten[0].place).min()) > 1:
+        if int(torch.as_tensor(overwritten[0].position.offset).min()) > 1:
             assert overwritten[0].layers[0].block.k is given  # and no copy was made
 
 
@@ -576,22 +569,6 @@ def test_memories_of_rows_that_share_their_numbers_are_copied_first() -> None:
 
 def tensors(carried: object) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(carried)[0] if isinstance(leaf, Tensor)]
-
-
-@torch.no_grad()
-def test_every_field_of_a_memory_has_its_part_in_all_that_happens_to_it() -> None:
-    """One that is added to `LayerMemory` stays through blocks, resets, forgetting and choosing rows."""
-
-    class Extended(module.LayerMemory):
-        note = "kept"
-
-    model = random_model(Config(num_tokens=VOCABULARY, dim=8, depth=1, dim_head=4, heads=2, block_width=4))
-    _, memories, states = model(random_stream(2, 6))
-    memories = memories._replace(layers=tuple(Extended(*layer) for layer in memories.layers))
-    rows = torch.tensor([True, False])
-    _, later, _ = model(random_stream(2, 7), xl_memories=memories, states=states, reset=rows)
-    for after in (later, module.forget_rows(memories, rows)):
-        assert all(getattr(layer, "note", "lost") == "kept" for layer in after.layers)
 
 
 @torch.no_grad()
@@ -651,7 +628,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_targets_that_count(
         lengths = torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2), label="lengths"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         if in_chunks:
-            monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2 * VOCABULARY)
+            monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2 * VOCABULARY)
         loss, memories, states = model(tokens, return_loss=True, lengths=lengths)
     read = tokens[:, :-1].clamp(min=0)
     expected = model(read, lengths=lengths)

@@ -23,8 +23,8 @@ from block_recurrent_transformer_pytorch import (
     RecurrentTrainWrapper,
     detach,
     forget_rows,
+    kernels,
 )
-from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
 from block_recurrent_transformer_pytorch.paper import OPTIONS as PAPER
 
 BASE = {
@@ -178,8 +178,8 @@ def test_gradients_reach_given_states_only_without_detaching():
     with torch.no_grad():
         _, memories, states = model(random_stream(2, 9, seed=1))
     for detach_segments in (True, False):
-        leaf = states._replace(layers=tuple(s.clone().requires_grad_() for s in states.layers), views=None)
-        memories_at_0 = memories._replace(place=0)
+        leaf = states._replace(layers=tuple(s.clone().requires_grad_() for s in states.layers), kv=None)
+        memories_at_0 = memories._replace(position=memories.position._replace(offset=0))
         wrapper = RecurrentTrainWrapper(model, detach_segments=detach_segments)
         wrapper(x, xl_memories=memories_at_0, states=leaf).backward()
         assert (leaf.layers[0].grad is None) == detach_segments
@@ -196,11 +196,11 @@ def test_gradients_do_not_depend_on_prepared_keys(is_read_without_gradients):
             _, *carried = model(x[:, :6])
             if is_read_without_gradients:
                 _, *carried = model(x[:, 6:7], xl_memories=carried[0], states=carried[1])
-        assert (carried[1].views is not None) == is_read_without_gradients
+        assert (carried[1].kv is not None) == is_read_without_gradients
         memories, states = (detach(value) for value in carried)
         if not keep:
-            memories = memories._replace(layers=tuple(layer._replace(window=None) for layer in memories.layers))
-            states = states._replace(views=None)
+            memories = memories._replace(layers=tuple(layer._replace(ready=None) for layer in memories.layers))
+            states = states._replace(kv=None)
         model(x[:, 7:], xl_memories=memories, states=states, return_loss=True)[0].backward()
         found.append(gradients(model))
     for name, gradient in found[0].items():
@@ -307,10 +307,10 @@ class Kept:
 def test_small_models_recompute_nothing(monkeypatch):
     """The calls would cost more than they save; the gradients are the same."""
     model, x, calls, found = model_of(), random_stream(2, 13), [], []
-    checkpoint = module.checkpoint
-    monkeypatch.setattr(module, "checkpoint", lambda *given, **how: calls.append(1) or checkpoint(*given, **how))
+    checkpoint = kernels.checkpoint
+    monkeypatch.setattr(kernels, "checkpoint", lambda *given, **how: calls.append(1) or checkpoint(*given, **how))
     for least in (0, 2**18):
-        monkeypatch.setattr(module, "RECOMPUTED_FROM", least)
+        monkeypatch.setattr(kernels, "RECOMPUTED_FROM", least)
         model(x, return_loss=True)[0].backward()
         found.append((len(calls), gradients(model)))
     (many, recomputed), (as_many, plain) = found
@@ -410,7 +410,7 @@ def test_only_complete_blocks_are_dropped():
     wrapper = RecurrentTrainWrapper(model, xl_memories_dropout=1.0, seq_len=6).train()
     with torch.no_grad():
         first, memories, states = model(x[:, :7], return_loss=True)
-        assert memories.place == 2
+        assert memories.position.offset == 2
         memories = forget_rows(memories, torch.ones(3, dtype=torch.bool))
         second, _, _ = model(x[:, 6:], xl_memories=memories, states=states, return_loss=True)
         alone, _, _ = model(x[:, 6:], states=states, return_loss=True)
@@ -425,7 +425,7 @@ def test_rows_are_dropped_one_by_one():
     random = generator(2)
     torch.rand(6, generator=random)
     calls = carried_into(wrapper, segments=2)
-    forget, fresh = calls[1]["xl_memories"].ahead == 0, calls[1]["reset_states"]
+    forget, fresh = calls[1]["xl_memories"].position.extra_blocks == 0, calls[1]["reset_states"]
     assert 0 < forget.sum() < 6 and 0 < fresh.sum() < 6 and not torch.equal(forget, fresh)
     kept_memories, kept_states = model(x[:, :8])[1:]
     for i in range(6):
@@ -443,7 +443,7 @@ def test_rows_are_dropped_one_by_one():
                 x[row, 8:], xl_memories=carried[0], states=carried[1], reset_states=fresh[row], return_loss=True
             )[0]
         assert_same(same, got.detach(), 1e-10)
-    assert kept_memories.blocks == 1 and kept_states.views is None
+    assert kept_memories.position.full_blocks == 1 and kept_states.kv is None
 
 
 def test_rates_and_reproducibility():
@@ -453,7 +453,7 @@ def test_rates_and_reproducibility():
         wrapper = RecurrentTrainWrapper(model, 0.3, 0.6, generator=generator(seed)).train()
         calls = carried_into(wrapper, segments=5, batch=200)[1:]
         memories = [call["xl_memories"] for call in calls]
-        forgotten = torch.stack([m.layers[0].xl.k.flatten(1).abs().sum(1) == 0 for m in memories])
+        forgotten = torch.stack([m.layers[0].past["xl"].k.flatten(1).abs().sum(1) == 0 for m in memories])
         return forgotten, torch.stack([call["reset_states"] for call in calls])
 
     forgotten, fresh = dropped(0)
@@ -511,7 +511,7 @@ def test_the_generator_of_losses_returns_memories_and_states():
             memories, states = end.value
             break
     _, *wanted = wrapper(x, return_memories_and_states=True)
-    assert memories.place == wanted[0].place == 3
+    assert memories.position.offset == wanted[0].position.offset == 3
     for got, same in zip(states.layers, wanted[1].layers):
         assert_same(got, same, 1e-12)
 
