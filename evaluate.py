@@ -35,7 +35,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -52,7 +51,6 @@ WAYS = {  # name: (states are carried, memories are carried)
 }
 EDGES = 64 * 2 ** np.arange(15)  # positions 64 ... 1,048,576
 MOST_TOKENS = 2**13  # of a call, over all rows; more where --rows segments have more
-MOST_LOGITS = 2**27  # of a call: tokens and vocabulary multiplied
 DEPENDENCE = """\
 The differences show how much this model depends on what was taken away, not what it is worth: a model that was trained
 without would have learned to do without. The control for that: train.py --reset-states-every-block, evaluated by its
@@ -165,14 +163,16 @@ class Stretch(NamedTuple):
     end: int  # behind the last one
 
 
-def make_stretches(config: Config, layout: Layout, way: str) -> list[Stretch]:
+def make_stretches(model: BlockRecurrentTransformer, layout: Layout, way: str) -> list[Stretch]:
     """Whole documents where states are carried. Without them what a block sees is bounded: stretches begin anywhere.
 
     A layer sees so many blocks back, of which each has seen as many in the layer below.
     """
     keeps_states, keeps_memories = WAYS[way]
-    warm = config.depth * max(config.reach, config.num_xl_blocks) if keeps_memories else 0
-    whole = keeps_states or (keeps_memories and config.enhanced_recurrence)  # memories of memories
+    config = model.config
+    warm = config.depth * max(model.reach, config.num_xl_blocks) if keeps_memories else 0
+    unbounded = config.enhanced_recurrence or config.extra_memories  # memories of memories, or a user's own kinds
+    whole = keeps_states or (keeps_memories and unbounded)
     stretches = []
     for document, blocks in enumerate(np.diff(layout.first).tolist()):
         length = max(1, blocks if whole else 16 * warm)
@@ -209,12 +209,12 @@ def read(
     many = keeps_states and (keeps_memories or bare is not None)  # blocks a call
     model = bare or model
     config, width = model.config, model.config.block_width
-    most = min(max(MOST_TOKENS, rows * config.max_seq_len), MOST_LOGITS // config.num_tokens) // width
+    most = max(MOST_TOKENS, rows * config.max_seq_len) // width
     losses = Losses(np.zeros(len(layout.block_bytes)), np.zeros(len(EDGES) + 1))
     pause = 0.5 if sys.stderr.isatty() else 15
     bar = tqdm(total=corpus.total_tokens, desc=way, unit="token", unit_scale=True, mininterval=pause, disable=quiet)
     with bar:
-        for group in side_by_side(make_stretches(config, layout, way), rows, most):
+        for group in side_by_side(make_stretches(model, layout, way), rows, most):
             memories = states = None
             count, start, longest = max(1, most // len(group)) if many else 1, 0, group[0].end - group[0].first
             for start in range(0, longest, count):
@@ -225,10 +225,11 @@ def read(
                 group = alive
                 part = load(corpus, layout, group, start, min(count, longest - start), width)
                 x = torch.from_numpy(part.tokens).to(model.token_emb.weight.device)
-                logits, memories, states = model(x[:, :-1], xl_memories=memories, states=states)
+                nats, memories, states = model(
+                    x, xl_memories=memories, states=states, return_loss=True, reduction="none"
+                )  # (b, n)
                 memories, states = memories if keeps_memories or many else None, states if keeps_states else None
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-                add_up(losses, part, F.cross_entropy(logits, x[:, 1:], reduction="none").cpu().numpy())
+                add_up(losses, part, nats.cpu().numpy())
                 bar.update(int(part.counts.sum()))
     return losses
 
@@ -248,7 +249,7 @@ def without_memories(model: BlockRecurrentTransformer) -> BlockRecurrentTransfor
     """The model as one that never has a memory, so that a call may hold many blocks; None where there is none."""
     if model.config.empty_memory == "zeros" or model.config.enhanced_recurrence:
         return None
-    config = replace(model.config, num_xl_blocks=0, use_compressed_mem=False)
+    config = replace(model.config, num_xl_blocks=0, use_compressed_mem=False, extra_memories={})
     with torch.device("meta"):
         names = BlockRecurrentTransformer(config).state_dict()
     weights = model.state_dict()

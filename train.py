@@ -25,7 +25,6 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -51,14 +50,17 @@ from block_recurrent_transformer_pytorch import (
     Memories,
     RecurrentTrainWrapper,
     States,
+    carried_files,
     checkpoint,
     data,
     detach,
     distributed,
     optim,
     planning,
+    pretrained,
     replay,
     runs,
+    texts,
 )
 from block_recurrent_transformer_pytorch.distributed import Processes, to_device
 from block_recurrent_transformer_pytorch.files import written_at_once
@@ -111,40 +113,9 @@ class Run:
         return int(self.options.batch * self.options.segment * self.options.step_segments)
 
 
-def load_data(options: argparse.Namespace, processes: Processes) -> tuple[data.Corpus, data.Corpus, data.Tokenizer]:
-    """Training and validation tokens. The first process downloads and tokenises, then the others read its files."""
-    if options.data == "auto":
-        options.data = processes.share(data.choose() if processes.is_first else "")
-    tokenizer = data.FileTokenizer(options.tokenizer) if options.tokenizer else data.ByteTokenizer()
-    corpora = read_data(options, processes, tokenizer) if processes.is_first else None
-    processes.wait()
-    corpora = corpora or read_data(options, processes, tokenizer)
-    if options.batch > corpora[0].total_tokens:
-        raise ValueError(f"--batch {options.batch} is more than the {corpora[0].total_tokens} training tokens")
-    train, valid = (corpus.cut(options.batch) for corpus in corpora)
-    return train, valid, tokenizer
-
-
-def read_data(options: argparse.Namespace, processes: Processes, tokenizer: data.Tokenizer) -> list[data.Corpus]:
-    source = data.load_source(options.data, text_field=options.text_field, progress=processes.is_first)
-    name = f"stdlib of Python {platform.python_version()}" if options.data == "stdlib" else options.data
-    processes.say(f"data: {name}: {source.describe()}")
-    if options.valid:
-        parts = [source, data.load_source(options.valid, text_field=options.text_field, progress=processes.is_first)]
-        processes.say(f"split: all of it for training; for validation {options.valid}: {parts[1].describe()}; no test "
-                      "part")  # fmt: skip
-    else:
-        splits = data.split(source, options.split)
-        processes.say(f"split: {splits.describe()}")
-        parts = [splits.train, splits.valid]
-    if options.tokenizer and (lost := data.lost_by(tokenizer, source)):
-        processes.say(f"warning: the tokenizer loses text, its bits per byte compare with no other's: {lost}")
-    return [data.build_corpus(part, tokenizer, options.cache, progress=processes.is_first) for part in parts]
-
-
 def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
     """A run at its beginning."""
-    train, valid, tokenizer = load_data(options, processes)
+    train, valid, tokenizer = texts.load(options, processes)
     torch.manual_seed(options.seed)  # the same weights in all processes
     model = build_model(options, processes, train.num_tokens)
     generator = torch.Generator().manual_seed(options.seed)
@@ -162,8 +133,9 @@ def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
                      for batches in (options.valid_batches, options.final_batches))  # fmt: skip
     carried: list[tuple[Memories | None, States | None]] = [(None, None)] * options.accumulate
     checkpoint.seed_everything(options.seed, 0, processes.rank)
+    scale = optim.LossScale(options.precision == "fp16")
     return Run(options, processes, path, model, segments, loss, optimizer, schedule, train, valid, sample, final,
-               tokenizer, stream.rows, reader, generator, optim.LossScale(options.precision == "fp16"), carried)  # fmt: skip
+               tokenizer, stream.rows, reader, generator, scale, carried)  # fmt: skip
 
 
 def build_model(options: argparse.Namespace, processes: Processes, num_tokens: int) -> BlockRecurrentTransformer:
@@ -186,15 +158,21 @@ def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) ->
 
 def take_weights(run: Run) -> None:
     """Begins with the weights that --init names."""
-    config, weights = runs.load_weights(Path(run.options.init))
+    folder = Path(run.options.init)
+    try:
+        config, weights = pretrained.load_weights(folder)
+    except ValueError:
+        if not pretrained.is_run(folder):
+            raise
+        config, weights = pretrained.load_weights(folder, checkpoint="last")  # a run that was never validated
     other = differences(config, run.model.config)
     try:
         dtype = run.model.token_emb.weight.dtype
         distributed.load_full_state(run.model, {name: weight.to(dtype) for name, weight in weights.items()})
     except ValueError as error:
         raise ValueError(
-            f"--init {run.options.init}: {error}; this model has {other or 'other weights'}. Leave out the flags that "
-            "change the model, and give the same --tokenizer; to go on with a run there is --resume"
+            f"--init {run.options.init}: its weights do not fit, this model has {other or 'others'} ({error}). Leave "
+            "out the flags that change the model, and give the same --tokenizer; to go on with a run there is --resume"
         ) from error
     run.processes.say(f"weights: from {run.options.init}{other and ', but with '}{other}")
 
@@ -485,7 +463,7 @@ def save(run: Run, log: Log) -> bool:
         "loss_scale": [run.scale.value, run.scale.streak],
         "skipped": [run.skipped, run.skipped_now],
         "optimizer": run.options.optimizer,
-        "model_config": asdict(run.model.config),
+        "model_config": json.loads(json.dumps(asdict(run.model.config))),  # plain numbers and lists
         "versions": runs.versions(),
     }
     if processes.is_first:
@@ -505,7 +483,7 @@ def restore(run: Run) -> bool:
     """Goes on from the last checkpoint that can be used, on any number of processes; False where there is none."""
     options, processes, path = run.options, run.processes, run.folder / "checkpoints"
     try:
-        saved = checkpoint.load_latest(path, types=distributed.CARRIED_TYPES, upgrade=distributed.upgrade,
+        saved = checkpoint.load_latest(path, types=carried_files.TYPES, upgrade=distributed.upgrade,
                                        check=lambda saved: take_over(run, saved))  # fmt: skip
     except FileNotFoundError:
         processes.say(f"{run.folder} holds no checkpoint yet: starting from the beginning")
@@ -642,10 +620,10 @@ def describe(run: Run) -> None:
             f"{epochs:,.0f} times, so the model may learn them by heart: fewer --steps, or more text")  # fmt: skip
     if options.reset_states_every_block:
         processes.say("note: states return to their initial values at every block: this run is a control")
-    elif untrained := run.wrapper.untrained():
-        processes.say(f"note: with --segment {options.segment}, --block {options.block} and --bptt {options.bptt}, "
-            f"{untrained} get no gradient: longer segments, or --bptt 2")  # fmt: skip
-    if parallel and options.parallel == "fsdp" and (tied := max(map(len, run.model.stages))) > 1:
+    elif run.wrapper.seq_len <= options.block and options.bptt != "replay" and run.model.config.recurrent_layers:
+        processes.say(f"note: gradients go through one block (--segment {options.segment} --bptt {options.bptt}), and "
+            "what is written into states is read in the next one: writing is not trained; --bptt 2?")  # fmt: skip
+    if parallel and options.parallel == "fsdp" and (tied := max(map(len, run.model.groups))) > 1:
         processes.say(f"note: {tied} layers go through a segment together, block by block: FSDP gathers each of them "
             "once a block, --parallel ddp does not")  # fmt: skip
 
@@ -673,7 +651,7 @@ def finish(run: Run, log: Log) -> None:
 
 def plan(options: argparse.Namespace, processes: Processes) -> int:
     """Prints what a run would be, and trains nothing."""
-    train, valid, _ = load_data(options, processes)
+    train, valid, _ = texts.load(options, processes)
     processes.say(planning.describe(options, processes.size, train, valid))
     return 0
 

@@ -29,19 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from .block_recurrent_transformer_pytorch import (
-    KV,
-    BlockRecurrentTransformer,
-    LayerMemory,
-    Memories,
-    States,
-    map_tensors,
-)
+from . import carried_files
+from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+from .carried import Memories, Position, States, map_tensors
 
 Value = TypeVar("Value")
 Carried = tuple[Memories, States]
-CARRIED_TYPES = (Memories, LayerMemory, KV, States)  # the classes in it, for a checkpoint
-
 PATIENCE = timedelta(hours=6)  # for what one process does while the others wait: tokenising, writing a checkpoint
 
 
@@ -280,27 +273,29 @@ def join_rows(parts: Sequence[Carried]) -> Carried:
     """Memories and states of several batches as those of one, in that order.
 
     Raises:
-        ValueError: they do not stand at the same place of their block.
+        ValueError: they are not at the same offset in their block.
     """
     memories, states = zip(*parts)
-    places = [part.place for part in memories]
-    if any(isinstance(place, Tensor) or place != places[0] for place in places):
-        raise ValueError(f"batches at the places {places} of a block cannot be joined, only at one")
+    offsets = [part.position.offset for part in memories]
+    if any(isinstance(offset, Tensor) or offset != offsets[0] for offset in offsets):
+        raise ValueError(f"batches at the offsets {offsets} in a block cannot be joined, only at one")
     held = torch.cat([held_blocks(part) for part in memories])
     fewest = int(held.min())
-    ahead = None if bool((held == fewest).all()) else held - fewest
-    return Memories(_join([part.layers for part in memories]), places[0], fewest, ahead), _join(states)
+    extra = None if bool((held == fewest).all()) else held - fewest
+    position = Position(offsets[0], fewest, extra)
+    return Memories(_join([part.layers for part in memories]), position), _join(states)
 
 
 def split_rows(carried: Carried, sizes: Sequence[int]) -> list[Carried]:
     """The inverse of `join_rows`: memories and states of batches of so many rows, all masked alike.
 
     Raises:
-        ValueError: rows stand at different places of their block.
+        ValueError: rows are at different offsets in their block.
     """
     memories, states = carried
-    if isinstance(memories.place, Tensor):
-        raise ValueError(f"rows at the places {memories.place.tolist()} of a block cannot be split, only at one")
+    offset = memories.position.offset
+    if isinstance(offset, Tensor):
+        raise ValueError(f"rows at the offsets {offset.tolist()} in a block cannot be split, only at one")
     parts, start = [], 0
     for size in sizes:
         rows = slice(start, start + size)
@@ -326,26 +321,10 @@ def redistribute(parts: list[Any], rows: int, count: int) -> list[Any]:
 def upgrade(version: int, structure: Any) -> Any:
     """Carried values as an older checkpoint format lays them out, laid out as now: `upgrade` of `checkpoint.load`.
 
-    Format 1 is that of version 1.0.0: Memories(layers, place, blocks, ahead), LayerMemory(xl, block, compressed,
-    window), States(layers, views). A structure is what `checkpoint.flatten` gives.
+    Checkpoints and files of carried values have the same format numbers.
     """
-    if "place" in Memories._fields:  # the classes are still those of format 1
-        return structure
-    if isinstance(structure, list):
-        return [upgrade(version, item) for item in structure]
-    if not isinstance(structure, dict):
-        return structure
-    structure = {key: upgrade(version, item) for key, item in structure.items()}
-    match structure:
-        case {"$namedtuple": ["Memories", {"layers": layers, "place": place, "blocks": blocks, "ahead": ahead}]}:
-            position = {"offset": place, "full_blocks": blocks, "extra_blocks": ahead, "known": None}
-            fields = {"layers": layers, "position": {"$namedtuple": ["Position", position]}}
-            return {"$namedtuple": ["Memories", fields]}
-        case {"$namedtuple": ["LayerMemory", {"xl": xl, "block": block, "compressed": compressed, "window": window}]}:
-            past = {"xl": xl} if compressed is None else {"xl": xl, "compressed": compressed}
-            return {"$namedtuple": ["LayerMemory", {"block": block, "past": past, "ready": window}]}
-        case {"$namedtuple": ["States", {"layers": layers, "views": views}]}:
-            return {"$namedtuple": ["States", {"layers": layers, "kv": views}]}
+    for older in range(version, carried_files.FORMAT):
+        structure = carried_files.UPGRADES[older](structure)
     return structure
 
 
@@ -363,9 +342,7 @@ def _take(carried: Value, rows: slice) -> Value:
 def held_blocks(memories: Memories) -> Tensor:
     """Complete blocks that each row remembers, (b,)."""
     like = memories.layers[0].block.k
-    if memories.ahead is not None:
-        return memories.blocks + memories.ahead
-    return torch.full((like.shape[0],), memories.blocks, device=like.device)
+    return memories.position.held_blocks(len(like), like.device)
 
 
 def _join(trees: Sequence[Value]) -> Value:

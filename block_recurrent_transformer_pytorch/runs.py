@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
@@ -10,18 +9,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from . import __version__, checkpoint, files
-from .block_recurrent_transformer_pytorch import Config
+from . import __version__, files
 from .distributed import Processes
 
 
@@ -114,27 +108,3 @@ def commit(folder: Path) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found + ("+" if changed else "")
-
-
-# TO BE REPLACED by pretrained.load_weights, which does the same, for sharded folders too.
-def load_weights(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    """The config and the weights of a run (its best checkpoint, else the last), or of a folder with a config.json of
-    Config's options and a model.safetensors.
-
-    Raises:
-        ValueError: there is neither, or it cannot be read.
-    """
-    checkpoints = path / "checkpoints"
-    try:
-        if checkpoints.is_dir():
-            try:
-                saved = checkpoint.load(checkpoint.best(checkpoints), only=["model"])
-            except FileNotFoundError:
-                saved = checkpoint.load_latest(checkpoints, only=["model"])
-            return Config.from_dict(saved.metadata["model_config"]), saved.tensors["model"]
-        content = json.loads((path / "config.json").read_bytes())
-        known = {field.name for field in fields(Config)}
-        options = {name: value for name, value in content.items() if name in known}
-        return Config.from_dict(options), load_file(path / "model.safetensors")
-    except (OSError, SafetensorError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no model: {type(error).__name__}: {error}") from error

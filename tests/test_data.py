@@ -564,6 +564,14 @@ def test_what_is_read_ahead_changes_no_state() -> None:
     assert all(torch.equal(x, y) for a, b in zip(next(resumed), next(plain)) for x, y in zip(a, b))
 
 
+def test_what_is_read_ahead_for_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    stream = DocumentStream(Corpus.from_tokens([[1] * 9]), batch=1, segment=4)
+    batches = next(ReadAhead(stream, 2, pin=True))
+    assert [id(tensor) for batch in batches for tensor in batch] == [id(tensor) for tensor in pinned]
+
+
 # tokenizers and bits per byte
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from block_recurrent_transformer_pytorch import checkpoint  # noqa: E402
+from block_recurrent_transformer_pytorch import checkpoint, forget_rows  # noqa: E402
 from block_recurrent_transformer_pytorch.flags import PRESETS  # noqa: E402
 from block_recurrent_transformer_pytorch.footprint import footprint  # noqa: E402
 
@@ -437,11 +437,9 @@ def test_a_run_of_the_version_before_is_evaluated(recorded, capsys, monkeypatch)
     assert "step-00000008, step 8" in capsys.readouterr().out
 
 
-def test_the_layout_of_the_version_before_becomes_the_new_one(monkeypatch):
-    """Of the carried values in the recorded checkpoint, once the classes have other fields."""
+def test_the_layout_of_the_version_before_becomes_the_new_one():
     content = json.loads((GOLDEN / "checkpoints" / "step-00000008" / "checkpoint.json").read_text())["content"]
     old = content["trees"]["carried"]
-    monkeypatch.setattr(train.distributed, "Memories", SimpleNamespace(_fields=("layers", "position")))
     ((_, (memories, states)),) = train.distributed.upgrade(1, old)[0].items()
     (name, fields), (_, of_states) = memories["$namedtuple"], states["$namedtuple"]
     assert name == "Memories" and fields.keys() == {"layers", "position"}
@@ -485,19 +483,11 @@ def other_text(tmp_path):
     return str(tmp_path / "other.txt")
 
 
-def save_pretrained(run_folder, folder):
-    """As a folder of config.json and model.safetensors."""
-    saved = checkpoint.load(checkpoint.best(run_folder / "checkpoints"), only=["model"])
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(saved.metadata["model_config"]))
-    train.runs.checkpoint.save_file(saved.tensors["model"], folder / "model.safetensors")
-
-
 @pytest.mark.parametrize("kind", ["run", "folder"])
 def test_init_takes_weights_and_sizes_and_nothing_else(run, tmp_path, other_text, kind):
     run("a", "--set", "gate=lstm", "--recurrent-layers", "2")
     if kind == "folder":
-        save_pretrained(tmp_path / "a", tmp_path / "folder")
+        train.BlockRecurrentTransformer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "folder")
     source = str(tmp_path / ("a" if kind == "run" else "folder"))
     few = ["--device", "cpu", "--preset", "tiny", "--steps", "1", "--lr", "0", "--sample", "0"]
     status, text = run("b", "--init", source, "--data", other_text, base=few)
@@ -526,7 +516,8 @@ def test_what_init_refuses_and_what_it_changes(run, tmp_path, capsys, other_text
     run("a")
     source = str(tmp_path / "a")
     status, text = run("b", "--init", source, "--dim", "24")
-    assert status == 2 and "dim=24 instead of 16" in text and "there is --resume" in text
+    assert status == 2 and "its weights do not fit, this model has dim=24 instead of 16" in text
+    assert "to go on with a run there is --resume" in text
     with pytest.raises(SystemExit):
         train.parse(["--init", source, "--resume", source])
     assert "--resume goes on with one: give only one of them" in capsys.readouterr().err
@@ -629,6 +620,13 @@ def test_states_that_are_reset_every_block_carry_nothing(run, tmp_path):
     assert not torch.equal(plain(parts[1:], memories, noise)[0], plain(parts[1:], memories, states)[0])
 
 
+def test_states_whose_writing_is_not_trained_are_a_note(run):
+    noted = "writing is not trained"
+    assert noted in run("a", "--segment", "4", "--steps", "1")[1]
+    assert noted not in run("b", "--segment", "4", "--steps", "1", "--bptt", "2")[1]
+    assert noted not in run("c", "--segment", "4", "--steps", "1", "--bptt", "replay")[1]
+
+
 def test_a_control_run(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "draw", lambda *_: None)
     flags = ["--reset-states-every-block", "--precision", "fp64", "--sample", "5"]
@@ -683,6 +681,18 @@ def test_every_option_changes_the_losses(run, tmp_path):
         assert status == 0 and all(math.isfinite(loss) for loss in losses(tmp_path / str(number))), flags
         seen.add(tuple(losses(tmp_path / str(number))))
         assert len(seen) == number + 1, flags
+
+
+def test_a_step_asks_the_other_processes_twice_however_many_segments_it_has(run, monkeypatch):
+    """Before the first segment and after the last; signals and resets are learned in passing."""
+    whole, places = train.Processes.sum, []
+    monkeypatch.setattr(train.Processes, "sum", lambda self, *values: places.append(1) or whole(self, *values))
+    run("a", "--step-segments", "4", "--accumulate", "2", "--steps", "3", "--valid-every", "3", "--valid-batches", "1")
+    training = 2 * 3
+    validation = len(places) - training
+    places.clear()
+    run("b", "--step-segments", "8", "--accumulate", "4", "--steps", "3", "--valid-every", "3", "--valid-batches", "1")
+    assert len(places) == training + validation
 
 
 def test_a_step_without_finite_gradient_is_skipped_and_counted(run, tmp_path, monkeypatch):
@@ -816,7 +826,7 @@ REFUSED = {
     "--set dim=3": "--set dim: --dim instead",
     "--set num_tokens=3": "--set num_tokens: it cannot be chosen",
     "--set gaet=lstm": "--set gaet: the model has no such option; did you mean gate?",
-    "--set positions=xpso": "--set positions=xpso: choose one of xpos, dynamic, t5, none; did you mean xpos?",
+    "--set positions=xpso": "positions='xpso' must be one of 'xpos', 'dynamic', 't5', 'none'",
     "--set num_xl_blocks=two": "num_xl_blocks='two'",
     "--set dim": "--set: 'dim' is not NAME=VALUE",
     "--set colour=3": "colour",
@@ -878,7 +888,7 @@ def test_help_says_what_presets_hold(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "tiny: --dim 32 --depth 2" in text and "--set all_layers_qk_rmsnorm true" in text
+    assert "tiny: --dim 32 --depth 2" in text and "--set all_layers_qk_rmsnorm=true" in text
     assert all(f"{name}: --" in text for name in PRESETS)
 
 
@@ -948,6 +958,25 @@ def test_only_the_first_process_copies_what_a_checkpoint_holds():
     kept = train.distributed.full_state(model, first)
     assert torch.equal(kept["weight"], model.weight) and kept["weight"].data_ptr() != model.weight.data_ptr()
     assert train.distributed.optimizer_state(names, optimizer, first).keys() == names.keys()
+
+
+def test_rows_are_redistributed_in_order():
+    torch.manual_seed(0)
+    options = train.parse([*SIZES, "--set", "use_compressed_mem=true", "--set", "compressed_mem_factor=4"])
+    model = train.BlockRecurrentTransformer(train.model_config(options, 256)).eval()
+    x, forget = torch.randint(256, (4, 16)), torch.tensor([True, False, False, True])
+    _, memories, states = model(x)
+    _, memories, states = model(x[:, :4], xl_memories=forget_rows(memories, forget), states=states)
+    halves = train.distributed.redistribute([(memories, states)], 4, 2)
+    assert train.distributed.redistribute(halves, 4, 2) is halves
+    (whole,) = train.distributed.redistribute(halves, 4, 1)
+    logits = [model(x[:, :3], xl_memories=m, states=s)[0] for m, s in ((memories, states), whole)]
+    assert torch.equal(*logits)
+    for half, (m, s) in zip((slice(0, 2), slice(2, 4)), halves):
+        assert torch.allclose(model(x[half, :3], xl_memories=m, states=s)[0], logits[0][half], atol=1e-6)
+    assert train.distributed.redistribute([(None, None)], 4, 2) == [(None, None)] * 2
+    with pytest.raises(ValueError, match=r"memories and states are of \[2, 2\] rows, must be of 6"):
+        train.distributed.redistribute(halves, 6, 2)
 
 
 @pytest.mark.parametrize(("parallel", "option"), [("fsdp", "block_feedback=true"), ("ddp", "block_feedback=true"),
@@ -1051,8 +1080,10 @@ def test_every_token_counts_once(way, monkeypatch):
         config = train.Config(num_tokens=11, dim=2, depth=1, block_width=4, max_seq_len=8)
         token_emb = torch.nn.Linear(1, 1)
 
+        reach = 1
+
         def forward(self, x, **carried):
-            return torch.zeros(*x.shape, 11), None, None
+            return torch.full((len(x), x.shape[1] - 1), math.log(11)), None, None
 
     monkeypatch.setattr(evaluate, "without_memories", lambda model: None)
     monkeypatch.setattr(evaluate, "MOST_TOKENS", 64)
@@ -1105,16 +1136,6 @@ def test_evaluation_names_a_damaged_config(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         evaluate.load_options(tmp_path)
-
-
-def test_few_logits_at_a_time_are_the_same(run, tmp_path, documents, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
-    run("a", "--steps", "1", "--precision", "fp64", "--valid-every", "1")
-    command = [str(tmp_path / "a"), "--data", str(documents), "--documents", "3", "--out"]
-    assert evaluate.main([*command, str(tmp_path / "many")]) == 0
-    monkeypatch.setattr(evaluate, "MOST_LOGITS", 1)
-    assert evaluate.main([*command, str(tmp_path / "few")]) == 0
-    assert (tmp_path / "many" / "table.txt").read_text() == (tmp_path / "few" / "table.txt").read_text()
 
 
 def test_evaluation_says_how_long_it_takes(monkeypatch):
