@@ -27,7 +27,7 @@ def footprint(
     config: Config, rows: int, segment: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Footprint:
     """Of `rows` segments of so many tokens: kernels of `device`, weights of `dtype`, under the autocast in force."""
-    kept: dict[int, tuple[Any, int]] = {}  # weak references: the graph that a loss makes and uses within the call is gone
+    kept: dict[int, tuple[Any, int]] = {}  # weak references: the graph within a loss is gone after the call
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
