@@ -1,4 +1,4 @@
-"""What memory buys: bits per byte of a trained model over whole documents, and with parts of its memory taken away.
+"""What a trained model's memory carries: bits per byte over whole documents, and with parts of the memory taken away.
 
     python evaluate.py runs/mine                          # the run's own validation split
     python evaluate.py runs/mine --data books/ --split all --rows 4
@@ -9,6 +9,11 @@ Every document is read from its first token to its last, in four ways:
     state reset          the states return to their initial values at the start of every block
     no XL memory         a block sees no earlier token, neither word for word nor compressed; states are carried
     neither              a block sees nothing but itself
+
+The differences measure DEPENDENCE, not worth: how much worse this model gets when what it learned to rely on is taken
+from it. A model that never had states would have learned to do without. What states are worth is the difference to
+such a model, trained alike: `train.py --reset-states-every-block` trains one of the same parameters, and its "state
+reset" is the figure to compare this run's "carried" with.
 
 It prints a table with 95 % bootstrap intervals, and bits per byte by position in the document, and writes them with a
 figure and one line a document to DIR/evaluation: table.txt, positions.csv, documents.csv, positions.png.
@@ -22,6 +27,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +35,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from beartype.roar import BeartypeCallHintViolation
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -47,7 +51,13 @@ WAYS = {  # name: (states are carried, memories are carried)
 }
 EDGES = 64 * 2 ** np.arange(15)  # positions 64 ... 1,048,576
 MOST_TOKENS = 2**13  # of a call, over all rows; more where --rows segments have more
-MOST_LOGITS = 2**27  # of a call: tokens and vocabulary multiplied
+DEPENDENCE = """\
+The differences show how much this model depends on what was taken away, not what it is worth: a model that was trained
+without would have learned to do without. The control for that: train.py --reset-states-every-block, evaluated by its
+"state reset"."""
+CONTROL = """\
+This model was trained with its states reset at every block: "state reset" is its figure; where states are carried it
+sees what it never saw in training."""
 MANY_DOCUMENTS = 10  # from so many on, documents are what the bootstrap draws; below, blocks
 
 
@@ -93,8 +103,9 @@ def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransform
         if which == "best":
             saved = checkpoint.load(checkpoint.best(checkpoints), only=["model"])
         else:
-            saved = checkpoint.load_latest(checkpoints, only=["model"], check=make_model)
-        model = make_model(saved)
+            saved = checkpoint.load_latest(checkpoints, only=["model"])
+        config = Config.from_dict(saved.metadata["model_config"])
+        model = BlockRecurrentTransformer.from_weights(config, saved.tensors["model"])
     except FileNotFoundError as error:
         raise ValueError(f"run {folder}: {error}; --checkpoint last needs no validation loss") from error
     for reason in saved.skipped:
@@ -103,31 +114,30 @@ def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransform
     return model.to(device)
 
 
-def make_model(saved: checkpoint.Checkpoint) -> BlockRecurrentTransformer:
-    """The model of a checkpoint, which may be forged."""
-    try:
-        depth, tensors = saved.metadata["model_config"]["depth"], len(saved.tensors["model"])
-        if depth > tensors:  # it would not fit in memory
-            raise ValueError(f"depth={depth} layers in {tensors} tensors")
-        config = Config.from_dict(saved.metadata["model_config"])
-        return BlockRecurrentTransformer.from_weights(config, saved.tensors["model"])
-    except (AttributeError, BeartypeCallHintViolation, LookupError, RuntimeError, TypeError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{saved.path} is not as train.py writes it: {type(error).__name__}: {text}") from error
-
-
-def load_documents(options: argparse.Namespace, folder: Path) -> tuple[data.Source, data.Corpus]:
+def load_options(folder: Path) -> dict[str, Any]:
+    """How the run was trained."""
+    if not folder.is_dir():
+        raise ValueError(f"run {folder}: there is no such folder")
     try:
         trained = json.loads((folder / "config.json").read_bytes())["options"]
-        trained = {name: trained[name] for name in ("data", "text_field", "tokenizer", "cache")}
+        later = {"split": "documents", "valid": None, "reset_states_every_block": False}  # than version 1.0.0
+        return later | {name: trained[name] for name in ("data", "text_field", "tokenizer", "cache")} | trained
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"run {folder}: its config.json cannot be read: {type(error).__name__}: {error}") from error
-    source = data.load_source(options.data or trained["data"], text_field=trained["text_field"])
-    if options.split != "all":
-        source = getattr(data.split(source), options.split)
+
+
+def load_documents(options: argparse.Namespace, trained: dict[str, Any]) -> tuple[data.Source, data.Corpus]:
+    path, part = options.data or trained["data"], options.split
+    if trained["valid"] and not options.data:
+        if part == "test":
+            raise ValueError(f"--split test: the run was given --valid {trained['valid']} and has no test text")
+        path, part = (trained["valid"], "all") if part == "valid" else (path, part)
+    source = data.load_source(path, text_field=trained["text_field"])
+    if part != "all":
+        source = getattr(data.split(source, trained["split"]), part)
     if options.documents:
         source = data.Source(source.documents[: options.documents])
-    print(f"{options.data or trained['data']}, {options.split}: {source.describe()}")
+    print(f"{path}, {options.split}: {source.describe()}")
     tokenizer = data.FileTokenizer(trained["tokenizer"]) if trained["tokenizer"] else data.ByteTokenizer()
     return source, data.build_corpus(source, tokenizer, trained["cache"])
 
@@ -153,14 +163,16 @@ class Stretch(NamedTuple):
     end: int  # behind the last one
 
 
-def make_stretches(config: Config, layout: Layout, way: str) -> list[Stretch]:
+def make_stretches(model: BlockRecurrentTransformer, layout: Layout, way: str) -> list[Stretch]:
     """Whole documents where states are carried. Without them what a block sees is bounded: stretches begin anywhere.
 
     A layer sees so many blocks back, of which each has seen as many in the layer below.
     """
     keeps_states, keeps_memories = WAYS[way]
-    warm = config.depth * max(config.reach, config.num_xl_blocks) if keeps_memories else 0
-    whole = keeps_states or (keeps_memories and config.enhanced_recurrence)  # memories of memories
+    config = model.config
+    warm = config.depth * max(model.reach, config.num_xl_blocks) if keeps_memories else 0
+    unbounded = config.enhanced_recurrence or config.extra_memories  # memories of memories, or a user's own kinds
+    whole = keeps_states or (keeps_memories and unbounded)
     stretches = []
     for document, blocks in enumerate(np.diff(layout.first).tolist()):
         length = max(1, blocks if whole else 16 * warm)
@@ -188,18 +200,21 @@ def side_by_side(stretches: list[Stretch], rows: int, most: int) -> Iterator[lis
 
 
 @torch.no_grad()
-def read(model: BlockRecurrentTransformer, corpus: data.Corpus, layout: Layout, rows: int, way: str) -> Losses:
+def read(
+    model: BlockRecurrentTransformer, corpus: data.Corpus, layout: Layout, rows: int, way: str, *, quiet: bool = False
+) -> Losses:
     """Reads all documents in one of WAYS. Calls are whole blocks, so that to carry nothing is to begin anew."""
     keeps_states, keeps_memories = WAYS[way]
     bare = None if keeps_memories else without_memories(model)
     many = keeps_states and (keeps_memories or bare is not None)  # blocks a call
     model = bare or model
     config, width = model.config, model.config.block_width
-    most = min(max(MOST_TOKENS, rows * config.max_seq_len), MOST_LOGITS // config.num_tokens) // width
+    most = max(MOST_TOKENS, rows * config.max_seq_len) // width
     losses = Losses(np.zeros(len(layout.block_bytes)), np.zeros(len(EDGES) + 1))
     pause = 0.5 if sys.stderr.isatty() else 15
-    with tqdm(total=corpus.total_tokens, desc=way, unit="token", unit_scale=True, mininterval=pause) as bar:
-        for group in side_by_side(make_stretches(config, layout, way), rows, most):
+    bar = tqdm(total=corpus.total_tokens, desc=way, unit="token", unit_scale=True, mininterval=pause, disable=quiet)
+    with bar:
+        for group in side_by_side(make_stretches(model, layout, way), rows, most):
             memories = states = None
             count, start, longest = max(1, most // len(group)) if many else 1, 0, group[0].end - group[0].first
             for start in range(0, longest, count):
@@ -210,19 +225,31 @@ def read(model: BlockRecurrentTransformer, corpus: data.Corpus, layout: Layout, 
                 group = alive
                 part = load(corpus, layout, group, start, min(count, longest - start), width)
                 x = torch.from_numpy(part.tokens).to(model.token_emb.weight.device)
-                logits, memories, states = model(x[:, :-1], xl_memories=memories, states=states)
+                nats, memories, states = model(
+                    x, xl_memories=memories, states=states, return_loss=True, reduction="none"
+                )  # (b, n)
                 memories, states = memories if keeps_memories or many else None, states if keeps_states else None
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-                add_up(losses, part, F.cross_entropy(logits, x[:, 1:], reduction="none").cpu().numpy())
+                add_up(losses, part, nats.cpu().numpy())
                 bar.update(int(part.counts.sum()))
     return losses
+
+
+def seconds_needed(model: BlockRecurrentTransformer, corpus: data.Corpus, rows: int) -> float | None:
+    """How long reading in all WAYS will take, from reading some of it; None where that would take a tenth as long."""
+    sample = corpus.spread(rows, 4 * max(model.config.max_seq_len, MOST_TOKENS // rows))
+    if 10 * sample.total_tokens > corpus.total_tokens:
+        return None
+    began = time.perf_counter()
+    for way in WAYS:
+        read(model, sample, lay_out(sample, model.config.block_width), rows, way, quiet=True)
+    return (time.perf_counter() - began) * corpus.total_tokens / sample.total_tokens
 
 
 def without_memories(model: BlockRecurrentTransformer) -> BlockRecurrentTransformer | None:
     """The model as one that never has a memory, so that a call may hold many blocks; None where there is none."""
     if model.config.empty_memory == "zeros" or model.config.enhanced_recurrence:
         return None
-    config = replace(model.config, num_xl_blocks=0, use_compressed_mem=False)
+    config = replace(model.config, num_xl_blocks=0, use_compressed_mem=False, extra_memories={})
     with torch.device("meta"):
         names = BlockRecurrentTransformer(config).state_dict()
     weights = model.state_dict()
@@ -363,16 +390,24 @@ def draw(path: Path, rows: list[list[Any]], names: list[str], title: str) -> Non
 def evaluate(options: argparse.Namespace) -> None:
     folder = Path(options.run)
     out = Path(options.out) if options.out else folder / "evaluation"
+    trained = load_options(folder)
     model = load_model(folder, options.checkpoint, options.device)
-    source, corpus = load_documents(options, folder)
+    source, corpus = load_documents(options, trained)
     if corpus.num_tokens != model.config.num_tokens:
         raise ValueError(f"--data gives {corpus.num_tokens} kinds of tokens, the model has {model.config.num_tokens}")
     layout = lay_out(corpus, model.config.block_width)
     rows = min(options.rows, corpus.num_documents)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to: {error.strerror}") from error
+    needed = seconds_needed(model, corpus, rows)
+    duration = "" if needed is None else f"; about {describe_seconds(needed)} in all"
+    print(f"reading {corpus.total_tokens:,} tokens in {len(WAYS)} ways{duration}", flush=True)
     losses = {way: read(model, corpus, layout, rows, way) for way in WAYS}
 
-    table = make_table(layout, losses)
+    note = CONTROL if trained["reset_states_every_block"] else DEPENDENCE
+    table = f"{make_table(layout, losses)}\n{note}"
     (out / "table.txt").write_text(table + "\n")
     positions = write_positions(out / "positions.csv", layout, losses)
     write_documents(out / "documents.csv", source, layout, losses)
@@ -381,6 +416,12 @@ def evaluate(options: argparse.Namespace) -> None:
     for start, _, count, *values in positions:
         print(f"{start:>10,}  {count:>12,}  " + "  ".join(f"{value:12.4f}" for value in values))
     print(f"\n{table}\n\nwritten to {out}")
+
+
+def describe_seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,5 @@
-"""Results as text, as the README's table, and as a picture. Ratios are medians of pairs measured in turns."""
+"""Results as text, as tables of docs/benchmarks.md and the README, and as a picture. Ratios are medians of pairs
+measured in turns."""
 
 from __future__ import annotations
 
@@ -7,6 +8,15 @@ from typing import Any
 
 BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
 LIMIT = "limit"
+PEER = "Transformer-XL"
+SUMMARY = [  # the rows of the README: figure, case, and what the README calls them
+    ("train_enwik8", "batch 1, fp32", "training step, batch 1, fp32"),
+    ("train_enwik8", "batch 4, bf16 autocast", "training step, batch 4, bf16 autocast"),
+    ("memory", "batch 4, fp32", "peak memory of a training step, batch 4, fp32"),
+    ("prefill", "4,096 tokens", "reading a prompt of 4,096 tokens"),
+    ("decode", "position 64, batch 1", "one new token at position 64"),
+    ("decode", "position 1,000, batch 1", "one new token at position 1,000"),
+]
 
 
 def quantity(value: float, unit: str) -> str:
@@ -86,8 +96,22 @@ def cells(case: dict[str, Any]) -> list[str]:
     return [case["case"], value["ours"], value["reference"], against["reference"], against[LIMIT], "; ".join(others)]
 
 
-def update_readme(path: Path, results: dict[str, Any]) -> None:
-    """Puts the table between the two markers of a file.
+def summary(results: dict[str, Any]) -> str:
+    """The table of the README: the rows of SUMMARY that were measured."""
+    lines = [row(["", "this package", "0.4.4", "0.4.4 / this", f"{PEER} / this"]), row(["---", *["---:"] * 4])]
+    figures: dict[str, dict[str, Any]] = {}
+    for name, case_name, title in SUMMARY:
+        figure = results["figures"].get(name, {"cases": []})
+        for case in (case for case in figure["cases"] if case["case"] == case_name):
+            _, ours, reference, times, _, _ = cells(case)
+            peer = case["entries"].get(PEER, {})
+            lines.append(row([title, ours, reference, times, ratio(peer) if "ratio" in peer else ""]))
+            figures[name] = figure
+    return "\n".join([*lines, "", machine({"figures": figures})])
+
+
+def update_page(path: Path, table: str) -> None:
+    """Puts a table between the two markers of a file.
 
     Raises:
         ValueError: the file has no markers, or not in this order.
@@ -96,7 +120,7 @@ def update_readme(path: Path, results: dict[str, Any]) -> None:
     start, stop = content.find(BEGIN), content.find(END)
     if start < 0 or stop < start:
         raise ValueError(f"{path} must hold the lines {BEGIN} and {END}")
-    path.write_text(f"{content[: start + len(BEGIN)]}\n{markdown(results)}\n{content[stop:]}", encoding="utf-8")
+    path.write_text(f"{content[: start + len(BEGIN)]}\n{table}\n{content[stop:]}", encoding="utf-8")
 
 
 def plot(results: dict[str, Any], path: Path) -> bool:

@@ -3,7 +3,7 @@
 python -m benchmarks                                  all figures, about half an hour on two cores
 python -m benchmarks --only train_enwik8,decode       some of them; the others keep their places in the results
 python -m benchmarks --quick                          tiny sizes, a few minutes: says that everything runs, no more
-python -m benchmarks table --update-readme            the README's table from the results
+python -m benchmarks table --update-docs              the tables of docs/benchmarks.md and the README
 python -m benchmarks profile decode                   where the time goes
 """
 
@@ -39,7 +39,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all that torch takes")
     parser.add_argument("--results", type=Path, help="default benchmarks/results.json; a picture is put beside it")
     parser.add_argument("--no-install", action="store_true", help="take what .reference holds already")
-    parser.add_argument("--update-readme", action="store_true", help="with table: put it into README.md")
+    parser.add_argument("--update-docs", action="store_true", help="with table: put it into docs/benchmarks.md, and "
+                        "its summary into README.md")  # fmt: skip
     options = parser.parse_args(given)
     if unknown := set(options.only.split(",")) - set(FIGURES):
         parser.error(f"--only names {sorted(unknown)}, the figures are {', '.join(FIGURES)}")
@@ -90,8 +91,10 @@ def main(given: list[str] | None = None) -> None:
         sys.exit(1 if measure(options) else 0)
     elif not options.results.exists():
         sys.exit(f"{options.results} is not there yet: run python -m benchmarks first")
-    elif options.update_readme:
-        report.update_readme(ROOT / "README.md", load(options.results))
+    elif options.update_docs:
+        results = load(options.results)
+        report.update_page(ROOT / "docs" / "benchmarks.md", report.markdown(results))
+        report.update_page(ROOT / "README.md", report.summary(results))
     else:
         print(report.markdown(load(options.results)))
 

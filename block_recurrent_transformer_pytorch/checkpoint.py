@@ -46,7 +46,8 @@ from torch import Tensor, nn
 
 from .files import read_tensors, sync, written_at_once
 
-FORMAT = 1
+FORMAT = 2  # of what is written
+READABLE = (1, 2)  # 1: version 1.0.0, the same files; what train.py keeps in them is laid out otherwise
 MANIFEST = "checkpoint.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_STEP = 2**53
@@ -74,6 +75,7 @@ class Checkpoint(NamedTuple):
     metadata: dict[str, Any]
     metric: float | None
     path: Path
+    format: int = FORMAT
     skipped: tuple[str, ...] = ()  # by `load_latest`: which newer checkpoints it passed over, and why
 
 
@@ -357,11 +359,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Json]:
     return {"size": path.stat().st_size, "sha256": _file_digest(path)}
 
 
-def amend(folder: StrPath, *, metadata: dict[str, Any], step: int, metric: float | None) -> None:
-    """Gives the checkpoint of a step other metadata and another metric, at once; its tensors stay."""
+def set_metric(folder: StrPath, step: int, metric: float) -> None:
+    """Gives the checkpoint of a step its metric, which is known only after it was written; at once or not at all.
+
+    Nothing happens where there is no checkpoint of this step.
+    """
     file = Path(folder) / _step_name(step) / MANIFEST
-    beside = {"metric": _encode_metric(metric), "metadata": _encode_metadata(metadata)}
-    _write_manifest(file, {**_read_content(file), **beside})
+    if file.exists():
+        _write_manifest(file, {**_read_content(file), "metric": _encode_metric(metric)})
 
 
 def _write_manifest(path: Path, content: dict[str, Json]) -> None:
@@ -463,15 +468,15 @@ def load_latest(
     *,
     types: Iterable[type] = (),
     only: Collection[str] | None = None,
+    upgrade: Callable[[int, Json], Json] | None = None,
     check: Callable[[Checkpoint], object] | None = None,
 ) -> Checkpoint:
     """Loads the latest checkpoint that is intact and can be used. Others are passed over: `skipped` says why.
 
     Args:
         folder: where the run keeps its checkpoints.
-        types, only: see `load`.
-        check: looks at what was loaded, before anyone uses it, and raises a ValueError that says why it cannot be used.
-            Digests that fit prove nothing about the contents.
+        types, only, upgrade: see `load`.
+        check: takes what was loaded into use, and raises a ValueError that says why it cannot be used.
 
     Raises:
         FileNotFoundError: there is no checkpoint at all.
@@ -481,7 +486,7 @@ def load_latest(
     skipped: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
-            loaded = load(path, types=types, only=only)
+            loaded = load(path, types=types, only=only, upgrade=upgrade)
             if check is not None:
                 check(loaded)
         except OtherFormat:
@@ -506,13 +511,21 @@ def forget_after(folder: StrPath, step: int) -> None:
             _set_aside(path)
 
 
-def load(path: StrPath, *, types: Iterable[type] = (), only: Collection[str] | None = None) -> Checkpoint:
+def load(
+    path: StrPath,
+    *,
+    types: Iterable[type] = (),
+    only: Collection[str] | None = None,
+    upgrade: Callable[[int, Json], Json] | None = None,
+) -> Checkpoint:
     """Loads one checkpoint after its sizes and digests were verified.
 
     Args:
         path: the checkpoint's folder.
         types: the classes of named tuples that may occur in it.
         only: names of the trees to read; None for all. Files of the others are not looked at.
+        upgrade: makes of the structure of a tree (see `flatten`) that was written in an older format the one that would
+            be written now; gets the format and the structure.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -527,16 +540,19 @@ def load(path: StrPath, *, types: Iterable[type] = (), only: Collection[str] | N
     if unknown:
         raise ValueError(f"{path} has the trees {sorted(content['trees'])}, not {unknown}")
     _verify(path, content, names)
+    structures = {name: content["trees"][name] for name in names}
+    if upgrade is not None and content["format"] != FORMAT:
+        structures = {name: upgrade(content["format"], structure) for name, structure in structures.items()}
     try:
         trees = {
-            name: unflatten(content["trees"][name], _read_tensors(path / f"{name}.safetensors"), types)
-            for name in names
+            name: unflatten(structure, _read_tensors(path / f"{name}.safetensors"), types)
+            for name, structure in structures.items()
         }
     except DamagedCheckpoint:
         raise
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(content["step"], trees, content["metadata"], content["metric"], path)
+    return Checkpoint(content["step"], trees, content["metadata"], content["metric"], path, content["format"])
 
 
 def _look(path: Path) -> dict[str, Any]:
@@ -575,8 +591,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     version = content.get("format")
     if type(version) is not int:
         raise DamagedCheckpoint(f"{file} has format version {version!r}, which is no number")
-    if version != FORMAT:
-        raise OtherFormat(f"{file} has format version {version}, this library reads {FORMAT}")
+    if version not in READABLE:
+        raise OtherFormat(f"{file} has format version {version}, this library reads {READABLE[0]} to {READABLE[-1]}")
     try:
         return _check_content(content, path)
     except (KeyError, TypeError, ValueError) as error:
@@ -700,21 +716,26 @@ def set_rng_state(state: dict[str, Any], generators: Mapping[str, torch.Generato
     then not bitwise.
 
     Args:
-        state: from `rng_state`, possibly read from a file that is not trusted.
+        state: from `rng_state`.
         generators: torch generators with the same names as then, on the same kinds of device.
 
     Raises:
-        ValueError: a state that is malformed, or other names of generators. None has been set then.
+        ValueError: a state that is malformed, or other names of generators.
     """
     own = dict(generators or {})
-    new = read_rng_state(state, own)
-    random.setstate(new.python)
-    np.random.set_state(new.numpy)
-    torch.set_rng_state(new.torch)
-    if new.cuda is not None:
-        torch.cuda.set_rng_state(new.cuda)
-    for name, generator in own.items():
-        generator.set_state(new.generators[name])
+    try:
+        if set(state["generators"]) != set(own):
+            raise ValueError(f"saved generators are {sorted(state['generators'])}, given ones {sorted(own)}")
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(_numpy_state(state["numpy"]))
+        torch.set_rng_state(_to_tensor(state["torch"]))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_to_tensor(state["cuda"]))
+        for name, generator in own.items():
+            generator.set_state(_to_tensor(state["generators"][name]))
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"not a state of the random number generators: {type(error).__name__}: {error}") from error
 
 
 def seed_everything(*numbers: int) -> None:
@@ -723,46 +744,6 @@ def seed_everything(*numbers: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-class RngState(NamedTuple):
-    """The states of all generators, each in the form that its owner takes."""
-
-    python: tuple[Any, ...]
-    numpy: dict[str, Any]
-    torch: Tensor
-    cuda: Tensor | None
-    generators: dict[str, Tensor]
-
-
-def read_rng_state(state: dict[str, Any], generators: Mapping[str, torch.Generator]) -> RngState:
-    """What `set_rng_state` would set, tried on generators that nobody uses.
-
-    Raises:
-        ValueError: see `set_rng_state`.
-    """
-    try:
-        if set(state["generators"]) != set(generators):
-            raise ValueError(f"saved generators are {sorted(state['generators'])}, given ones {sorted(generators)}")
-        version, internal, gauss = state["python"]
-        cuda = state["cuda"] if torch.cuda.is_available() else None
-        new = RngState(
-            (version, tuple(internal), None if gauss is None else float(gauss)),
-            _numpy_state(state["numpy"]),
-            _to_tensor(state["torch"]),
-            None if cuda is None else _to_tensor(cuda),
-            {name: _to_tensor(state["generators"][name]) for name in generators},
-        )
-        random.Random().setstate(new.python)
-        np.random.RandomState().set_state(new.numpy)
-        torch.Generator().set_state(new.torch)
-        if new.cuda is not None:
-            torch.Generator("cuda").set_state(new.cuda)
-        for name, generator in generators.items():
-            torch.Generator(generator.device).set_state(new.generators[name])
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"not a state of the random number generators: {type(error).__name__}: {error}") from error
-    return new
 
 
 def _numpy_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The data room: documents in, batches out.
 
     source = load_source("stdlib")                                     # documents as bytes, where they come from
-    splits = split(source)                                             # 90/5/5, no document in two of them
+    splits = split(source)                                             # 90/5/5, by document or within each
     corpus = build_corpus(splits.train, ByteTokenizer(), "data/cache")  # token ids in a memory-mapped file
     stream = DocumentStream(corpus, batch=32, segment=512, seed=0)     # every batch row reads one document in order
     batch = next(stream)                                               # tokens, reset, targets_mask, document, position
@@ -24,6 +24,7 @@ import importlib
 import io
 import json
 import math
+import os
 import sysconfig
 import urllib.request
 import warnings
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -98,9 +99,10 @@ def load_source(data: str | Path, *, text_field: str = "text", progress: bool = 
 
     Args:
         data: ``"stdlib"``: the Python standard library's own source. ``"enwik8"``: found in ./data or downloaded.
-            Else a path: a file is one document; a folder (hidden files left out) or a glob pattern gives one document
-            per file, in sorted order. A file that ends in .gz, or in .zip with a single member, is unpacked. A file
-            that ends in .jsonl gives one document per line that is not blank.
+            Else a path: a file is one document; a folder (hidden files left out, links followed) or a glob pattern
+            gives one document per file, in sorted order. A file that ends in .gz, or in .zip with a single member, is
+            unpacked. A file that ends in .jsonl gives one document per line that is not blank. Endings may be in
+            upper case.
         text_field: name of the field that holds the text of a JSONL line.
         progress: show a progress bar (on terminals, when it takes longer than a second).
 
@@ -184,7 +186,7 @@ def _list_files(data: str) -> list[Path]:
     if data and path.is_file():
         return [path]
     if data and path.is_dir():
-        found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        found = _walk(path)
     else:
         found = (Path(match) for match in glob.glob(str(path), recursive=True) if data)
     files = sorted((p for p in found if p.is_file()), key=Path.as_posix)
@@ -193,11 +195,30 @@ def _list_files(data: str) -> list[Path]:
     return files
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """What lies below a folder, hidden names left out. Linked folders are followed, and each folder is entered once, so
+    that links in a circle end."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    entered = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in entered else sorted(name for name in folders if not name.startswith("."))
+        found = [] if real in entered else [Path(root, name) for name in names if not name.startswith(".")]
+        entered.add(real)
+        for path in found:
+            if path.is_symlink() and not path.exists():
+                warnings.warn(f"data: {path} is a link to what is not there, and left out", stacklevel=2)
+        yield from found
+
+
 def _readers(path: Path, text_field: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Name and reader of every document in a file: its lines if it ends in .jsonl, else the file."""
-    if path.name.endswith((".jsonl.gz", ".jsonl.zip")):
+    if path.name.lower().endswith((".jsonl.gz", ".jsonl.zip")):
         raise ValueError(f"data: {path} is packed; unpack it first, lines are read by their place in the file")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         yield str(path), partial(_read_file, path)
         return
     with path.open("rb") as file:
@@ -211,9 +232,9 @@ def _readers(path: Path, text_field: str) -> Iterator[tuple[str, Callable[[], by
 def _read_file(path: Path) -> bytes:
     try:
         data = path.read_bytes()
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             return gzip.decompress(data)
-        return _unzip(io.BytesIO(data)) if path.suffix == ".zip" else data
+        return _unzip(io.BytesIO(data)) if path.suffix.lower() == ".zip" else data
     except _READ_ERRORS as error:
         raise ValueError(f"data: cannot read {path}: {error}") from error
 
@@ -257,34 +278,64 @@ def _survey(readers: Iterable[tuple[str, Callable[[], bytes]]], progress: bool) 
 # 2 splits
 
 
+How = Literal["auto", "documents", "cut"]
+HOWS: tuple[How, ...] = ("auto", "documents", "cut")
+
+
 class Splits(NamedTuple):
     train: Source
     valid: Source
     test: Source
 
+    def describe(self) -> str:
+        """One line to print: how many bytes and documents each part has, and why these."""
+        total = sum(part.num_bytes for part in self)
+        sizes = [f"{name} {part.num_bytes:,} bytes ({100 * part.num_bytes / total:.1f} %)"
+                 for name, part in zip(("training", "validation", "test"), self)]  # fmt: skip
+        held_out = len(self.valid.documents), len(self.test.documents)
+        if any(getattr(document.read, "func", None) is _read_slice for document in self.valid.documents):
+            why = f"each of the {len(self.train.documents):,} documents is cut, its last tenth is held out"
+        else:
+            why = f"{held_out[0]:,} and {held_out[1]:,} whole documents are held out, chosen by their contents"
+        return f"{', '.join(sizes)}: {why}"
 
-def split(source: Source) -> Splits:
-    """Splits 90/5/5, the same way on every machine, without a seed.
 
-    By document: in the order of their sha256 (a shuffle that depends on nothing but the contents) the first 5 % are for
-    validation, the next 5 % for testing (at least one each), the rest for training. Equal documents go together.
-    With fewer than three different documents (enwik8) every document is cut: its first 90 % of bytes, the next 5 % and
-    the last 5 %.
+def split(source: Source, how: How = "auto") -> Splits:
+    """Splits 90/5/5 into training, validation and test, the same way on every machine, without a seed.
+
+    In one of two ways:
+
+    * "documents": in the order of their sha256 (a shuffle that depends on nothing but the contents) the first 5 % of
+      the documents are for validation, the next 5 % for testing (at least one each), the rest for training. Equal
+      documents go together. Fewer than three different documents are cut.
+    * "cut": of every document the first 90 % of its bytes are for training, the next 5 % for validation and the last
+      5 % for testing. So enwik8 is split, and a few books.
+    * "auto": by documents where there are at least 20 different ones and each held-out part comes to between 2.5 % and
+      10 % of the bytes; else every document is cut. Three books are thus not one for training, one for validation and
+      one for testing, and a giant among small documents does not leave most of the text unread.
 
     Raises:
-        ValueError: a part would be empty.
+        ValueError: a part would be empty, or an unknown `how`.
     """
+    if how not in HOWS:
+        raise ValueError(f"how={how!r} must be one of {', '.join(HOWS)}")
     digests = sorted({document.sha256 for document in source.documents})
-    if len(digests) < 3:
-        parts = [_cut_source(source, start, stop) for start, stop in ((0, 90), (90, 95), (95, 100))]
-    else:
-        held_out = max(1, round(0.05 * len(digests)))
-        groups = digests[2 * held_out :], digests[:held_out], digests[held_out : 2 * held_out]
-        parts = [_choose(source, set(group)) for group in groups]
-    splits = Splits(*parts)
+    least = 20 if how == "auto" else 3
+    splits = _by_document(source, digests) if how != "cut" and len(digests) >= least else None
+    if how == "auto" and splits is not None:
+        shares = [part.num_bytes / source.num_bytes for part in (splits.valid, splits.test)]
+        splits = splits if all(0.025 <= share <= 0.1 for share in shares) else None
+    if splits is None:
+        splits = Splits(*(_cut_source(source, *ends) for ends in ((0, 90), (90, 95), (95, 100))))
     if not all(part.documents for part in splits):
         raise ValueError(f"source: {source.num_bytes} bytes in {len(digests)} documents are too few to split 90/5/5")
     return splits
+
+
+def _by_document(source: Source, digests: list[str]) -> Splits:
+    held_out = max(1, round(0.05 * len(digests)))
+    groups = digests[2 * held_out :], digests[:held_out], digests[held_out : 2 * held_out]
+    return Splits(*(_choose(source, set(group)) for group in groups))
 
 
 def _choose(source: Source, digests: set[str]) -> Source:
@@ -385,6 +436,26 @@ def _pieces(data: bytes, size: int) -> Iterator[bytes]:
         start = stop
 
 
+def lost_by(tokenizer: Tokenizer, source: Source, *, num_documents: int = 8, num_bytes: int = 1 << 14) -> str | None:
+    """What a tokenizer loses of a text: the first place of a sample where decode(encode(text)) differs, or None.
+
+    Bits per byte count the bytes of the text itself. Where tokens do not hold all of it, what they leave out costs
+    nothing, and the figure is not comparable with that of another tokenizer.
+
+    Args:
+        source: the beginnings of so many of its documents, evenly spaced, are tried, so many bytes of each.
+    """
+    step = -(-len(source.documents) // num_documents)
+    for document in source.documents[::step]:
+        text = document.read()[:num_bytes].decode("utf-8", "ignore")
+        back = tokenizer.decode(tokenizer.encode(text.encode()).tolist())
+        if back != text:
+            differs = (index for index, (one, other) in enumerate(zip(text, back)) if one != other)
+            place = max(0, next(differs, min(len(text), len(back))) - 10)
+            return f"{text[place : place + 20]!r} in {document.name} comes back as {back[place : place + 20]!r}"
+    return None
+
+
 # 4 the corpus: ids and the index of documents
 
 
@@ -398,7 +469,7 @@ class Corpus:
 
     tokens: Integers  # (total,) uint8, uint16 or uint32, usually a memory map
     offsets: NDArray[np.int64]  # (documents + 1,) document i holds tokens[offsets[i] : offsets[i + 1]]
-    byte_counts: NDArray[np.int64]  # (documents,)
+    byte_counts: NDArray[Any]  # (documents,)
     num_tokens: int  # size of the vocabulary
     fingerprint: str  # hash of the source, the tokenizer and the cuts
 
@@ -455,6 +526,36 @@ class Corpus:
             np.diff(np.append(byte_starts, self.total_bytes)),
             self.num_tokens,
             f"{self.fingerprint} cut {rows}",
+        )
+
+    def spread(self, rows: int, length: int) -> Corpus:
+        """A sample of the whole corpus, always the same: `rows` stretches of `length` tokens, evenly spaced.
+
+        A stretch begins at its place, or where the document there begins if that is no longer than a stretch. What it
+        has of a document is a document of the sample. The corpus itself, if the stretches would hold all of it.
+        """
+        if rows < 1 or length < 1:
+            raise ValueError(f"rows={rows} and length={length} must be at least 1")
+        if rows * length >= self.total_tokens:
+            return self
+        places = np.arange(rows) * self.total_tokens // rows
+        owner = np.searchsorted(self.offsets, places, side="right") - 1
+        starts = np.where(self.lengths[owner] <= length, self.offsets[owner], places)
+        stops = np.minimum(starts + length, np.append(starts[1:], self.total_tokens))
+        ends = self.offsets[1:]
+        pieces = [  # (document, first token, end)
+            (document, max(start, self.offsets[document]), min(stop, ends[document]))
+            for start, stop in zip(starts, stops)
+            for document in range(np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop) + 1)
+            if max(start, self.offsets[document]) < min(stop, ends[document])
+        ]
+        document, first, end = np.array(pieces).T
+        return Corpus(
+            np.concatenate([self.tokens[i:j] for i, j in zip(first, end)]),
+            _ends(end - first),
+            (end - first) * (self.byte_counts[document] / self.lengths[document]),
+            self.num_tokens,
+            f"{self.fingerprint} spread {rows} {length}",
         )
 
     def count_bytes(self, batch: Batch) -> float:
@@ -587,6 +688,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device) for tensor in self))
+
+    def pin(self) -> Batch:
+        """In page-locked memory, from which a GPU copies while it computes."""
+        return Batch(*(tensor.pin_memory() for tensor in self))
 
 
 class DocumentStream(Iterator[Batch]):
@@ -737,6 +842,45 @@ class DocumentStream(Iterator[Batch]):
         (num_dealt,) = _integers("num_dealt", [state["num_dealt"]], 1, 0, len(self._order) + 1)
         self._start_epoch(int(epoch))
         self._num_dealt, self._document, self._position = int(num_dealt), documents, positions
+
+
+class ReadAhead(Iterator[list[Batch]]):
+    """The batches of a step at a time, the next ones read while a GPU still computes.
+
+    `read` loads what the following `next` gives; a state is that of what was given, whatever was read ahead.
+
+    Args:
+        stream: without end, as with ``repeat``.
+        count: batches of a step.
+        pin: whether to put them into page-locked memory.
+    """
+
+    def __init__(self, stream: DocumentStream, count: int, *, pin: bool = False) -> None:
+        self.stream, self.count, self.pin = stream, count, pin
+        self._ready: list[Batch] = []
+        self._state: dict[str, Any] = {}
+        self.epoch = stream.epoch  # of the document dealt last, in what was given
+
+    def read(self) -> None:
+        """Loads the next step's batches, unless they are there."""
+        if not self._ready:
+            self._state = self.stream.state_dict()
+            batches = [next(self.stream) for _ in range(self.count)]
+            self._ready = [batch.pin() for batch in batches] if self.pin else batches
+
+    def __next__(self) -> list[Batch]:
+        self.read()
+        batches, self._ready = self._ready, []
+        self.epoch = self.stream.epoch
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands behind what was given."""
+        return self._state if self._ready else self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+        self._ready, self.epoch = [], self.stream.epoch
 
 
 def _integers(name: str, values: Any, count: int, low: int, high: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Several processes that train one model: who they are, how they share parameters, how rows are dealt to them.
+"""Several processes that train one model: who they are, how they share parameters, how rows are distributed.
 
     with start() as processes:                       # what torchrun says; a single process without it
         shard(model, processes)                      # FSDP2; or DistributedDataParallel around a module of yours
@@ -26,23 +26,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from .block_recurrent_transformer_pytorch import (
-    KV,
-    BlockRecurrentTransformer,
-    LayerMemory,
-    Memories,
-    RecurrentTrainWrapper,
-    States,
-    map_tensors,
-)
+from . import carried_files
+from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+from .carried import Memories, Position, States, map_tensors
 
 Value = TypeVar("Value")
 Carried = tuple[Memories, States]
-CARRIED_TYPES = (Memories, LayerMemory, KV, States)  # the classes in it, for a checkpoint
-
 PATIENCE = timedelta(hours=6)  # for what one process does while the others wait: tokenising, writing a checkpoint
 
 
@@ -159,16 +151,13 @@ def exchanging(module: nn.Module, model: BlockRecurrentTransformer, is_last: boo
     return nullcontext()
 
 
-def replicate(module: nn.Module, model: BlockRecurrentTransformer, num_tokens: int) -> DistributedDataParallel:
-    """DistributedDataParallel around a module that trains `model` on graphs of so many tokens.
+def replicate(module: nn.Module, model: BlockRecurrentTransformer, *, unused: bool) -> DistributedDataParallel:
+    """DistributedDataParallel around a module that trains `model`, some parameters of which are `unused` or not.
 
     Where every parameter is used, DDP deals the gradients to other buckets after its first step. A ring adds up each
     place of a bucket in an order of its own, so that a run that goes on would differ from one that never stopped in
     the last bit. On the CPU, where that is promised, the search for unused parameters keeps the buckets as they are.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        unused = bool(RecurrentTrainWrapper(model, seq_len=num_tokens).untrained())
     weight = model.token_emb.weight
     on_cpu = weight.device.type == "cpu"
     if on_cpu:  # torch advises against a search that finds nothing, once a run: it finds this
@@ -187,22 +176,23 @@ def full_state(module: nn.Module, processes: Processes) -> dict[str, Tensor]:
     }
 
 
-def check_full_state(module: nn.Module, state: Any) -> None:
-    """Whether `load_full_state` can take this, which may come from a file that is not trusted.
+def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of `full_state`; every process gives the same tensors.
 
     Raises:
-        ValueError: names, shapes or types are not those of the module.
+        ValueError: other names, shapes or types than those of the module.
     """
     own = module.state_dict()
-    check_names("parameters", own, state)
+    if missing := sorted(own.keys() - state.keys()):
+        raise ValueError(f"the weights {missing[:5]} are missing")
+    if unknown := sorted(state.keys() - own.keys()):
+        raise ValueError(f"the weights {unknown[:5]} are unknown")
     for name, tensor in own.items():
-        check_like(name, state[name], tensor)
-
-
-def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of `full_state`; every process gives the same tensors, which `check_full_state` has seen."""
+        if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
+            kinds = [f"{one.dtype} {tuple(one.shape)}" for one in (state[name], tensor)]
+            raise ValueError(f"the weight {name} is {kinds[0]} instead of {kinds[1]}")
     with torch.no_grad():
-        for name, tensor in module.state_dict().items():
+        for name, tensor in own.items():
             tensor.copy_(part_of(state[name], tensor))
 
 
@@ -223,32 +213,17 @@ def optimizer_state(
     return state if processes.is_first else {}
 
 
-def check_optimizer_state(expected: dict[str, dict[str, Any]], state: Any, steps: int) -> None:
-    """Whether `load_optimizer_state` can take this, which may come from a file that is not trusted.
-
-    Args:
-        expected: what the optimizer remembers of each parameter after a step; tensors may be on the meta device.
-        state: the state to look at.
-        steps: how many it may have done.
-
-    Raises:
-        ValueError: it is not of these parameters, lacks a value, or has one of another type, shape or range.
-    """
-    check_names("parameters of the optimizer", expected, state)
-    for name, wanted in expected.items():
-        if state[name] == {}:
-            continue
-        check_names(f"what the optimizer remembers of {name}", wanted, state[name])
-        for key, like in wanted.items():
-            check_like(f"{key} of {name}", state[name][key], like)
-        if not 1 <= state[name]["step"] <= steps:
-            raise ValueError(f"the optimizer has {state[name]['step']} steps of {name}, must be from 1 to {steps}")
-
-
 def load_optimizer_state(
     names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """The inverse of `optimizer_state`; every process gives the same, which `check_optimizer_state` has seen."""
+    """The inverse of `optimizer_state`; every process gives the same.
+
+    Raises:
+        ValueError: it is that of other parameters.
+    """
+    if other := sorted(names.keys() ^ state.keys()):
+        raise ValueError(f"the optimizer's state is that of other parameters: {other[:5]}")
+    optimizer.state.clear()
     for name, memory in state.items():
         parameter = names[name]
         if memory:
@@ -256,27 +231,6 @@ def load_optimizer_state(
                 key: part_of(value, parameter) if isinstance(value, Tensor) and value.ndim else value
                 for key, value in memory.items()
             }
-
-
-def check_names(what: str, own: dict[str, Any], given: Any) -> None:
-    if not isinstance(given, dict):
-        raise ValueError(f"{what}: a {type(given).__name__} instead of a dict")
-    if missing := sorted(set(own) - set(given)):
-        raise ValueError(f"{what}: {missing[:5]} are missing")
-    if unknown := sorted(set(given) - set(own), key=str):
-        raise ValueError(f"{what}: {unknown[:5]} are unknown")
-
-
-def check_like(name: str, value: Any, like: Any) -> None:
-    """Whether a value has the type of another, and its shape if they are tensors."""
-    if not isinstance(like, Tensor):
-        if type(value) is not type(like):
-            raise ValueError(f"{name} is a {type(value).__name__} instead of a {type(like).__name__}")
-    elif not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__} instead of a tensor")
-    elif value.shape != like.shape or value.dtype != like.dtype:
-        kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, like)]
-        raise ValueError(f"{name} is {kinds[0]} instead of {kinds[1]}")
 
 
 def whole(tensor: Tensor, processes: Processes) -> Tensor | None:
@@ -319,27 +273,29 @@ def join_rows(parts: Sequence[Carried]) -> Carried:
     """Memories and states of several batches as those of one, in that order.
 
     Raises:
-        ValueError: they do not stand at the same place of their block.
+        ValueError: they are not at the same offset in their block.
     """
     memories, states = zip(*parts)
-    places = [part.place for part in memories]
-    if any(isinstance(place, Tensor) or place != places[0] for place in places):
-        raise ValueError(f"batches at the places {places} of a block cannot be joined, only at one")
+    offsets = [part.position.offset for part in memories]
+    if any(isinstance(offset, Tensor) or offset != offsets[0] for offset in offsets):
+        raise ValueError(f"batches at the offsets {offsets} in a block cannot be joined, only at one")
     held = torch.cat([held_blocks(part) for part in memories])
     fewest = int(held.min())
-    ahead = None if bool((held == fewest).all()) else held - fewest
-    return Memories(_join([part.layers for part in memories]), places[0], fewest, ahead), _join(states)
+    extra = None if bool((held == fewest).all()) else held - fewest
+    position = Position(offsets[0], fewest, extra)
+    return Memories(_join([part.layers for part in memories]), position), _join(states)
 
 
 def split_rows(carried: Carried, sizes: Sequence[int]) -> list[Carried]:
     """The inverse of `join_rows`: memories and states of batches of so many rows, all masked alike.
 
     Raises:
-        ValueError: rows stand at different places of their block.
+        ValueError: rows are at different offsets in their block.
     """
     memories, states = carried
-    if isinstance(memories.place, Tensor):
-        raise ValueError(f"rows at the places {memories.place.tolist()} of a block cannot be split, only at one")
+    offset = memories.position.offset
+    if isinstance(offset, Tensor):
+        raise ValueError(f"rows at the offsets {offset.tolist()} in a block cannot be split, only at one")
     parts, start = [], 0
     for size in sizes:
         rows = slice(start, start + size)
@@ -348,36 +304,28 @@ def split_rows(carried: Carried, sizes: Sequence[int]) -> list[Carried]:
     return parts
 
 
-def check_parts(parts: Any, model: BlockRecurrentTransformer, rows: int, count: int) -> None:
-    """Whether `deal` can take these, which may come from a file that is not trusted.
+def redistribute(parts: list[Any], rows: int, count: int) -> list[Any]:
+    """The same rows in `count` equal parts: memories and states, or None and None where there are no more.
 
     Raises:
-        ValueError: they are not memories and states of so many rows, as they are behind a segment of whole blocks.
+        ValueError: they are of another number of rows.
     """
-    if not (type(parts) is list and parts and all(type(part) is tuple and len(part) == 2 for part in parts)):
-        raise ValueError(f"what is carried is {str(parts)[:80]}, no list of memories and states")
-    if all(part == (None, None) for part in parts):
-        return
-    found = []
-    for part in parts:
-        memories, states = to_device(part, model.token_emb.weight.device)
-        found.append(len(memories.layers[0].block.k))
-        x = torch.zeros(found[-1], 1, dtype=torch.long, device=model.token_emb.weight.device)
-        model.check(x, memories, states, {}, None, None)
-        windows = [layer.window for layer in memories.layers if layer.window is not None]
-        if windows or states.views is not None or not type(memories.place) is type(memories.blocks) is int:
-            raise ValueError("memories or states hold what is not there at the end of a segment")
-        if memories.place != 0:
-            raise ValueError(f"memories stand at place {memories.place} of a block, a segment is whole blocks")
-    if sum(found) != rows or (len(parts) == count and len(set(found)) > 1):
-        raise ValueError(f"memories are of {found} rows, must be of {rows} in {len(parts)} equal parts")
-
-
-def deal(parts: list[Any], rows: int, count: int) -> list[Any]:
-    """The same rows in `count` equal parts: memories and states, or None and None where there are no more."""
     if parts[0][0] is None:
         return [(None, None)] * count
+    held = [len(next(leaf for leaf in tree_leaves(part) if isinstance(leaf, Tensor))) for part in parts]
+    if sum(held) != rows:
+        raise ValueError(f"memories and states are of {held} rows, must be of {rows}")
     return parts if len(parts) == count else split_rows(join_rows(parts), [rows // count] * count)
+
+
+def upgrade(version: int, structure: Any) -> Any:
+    """Carried values as an older checkpoint format lays them out, laid out as now: `upgrade` of `checkpoint.load`.
+
+    Checkpoints and files of carried values have the same format numbers.
+    """
+    for older in range(version, carried_files.FORMAT):
+        structure = carried_files.UPGRADES[older](structure)
+    return structure
 
 
 def to_device(carried: Any, device: torch.device | str) -> Any:
@@ -394,9 +342,7 @@ def _take(carried: Value, rows: slice) -> Value:
 def held_blocks(memories: Memories) -> Tensor:
     """Complete blocks that each row remembers, (b,)."""
     like = memories.layers[0].block.k
-    if memories.ahead is not None:
-        return memories.blocks + memories.ahead
-    return torch.full((like.shape[0],), memories.blocks, device=like.device)
+    return memories.position.held_blocks(len(like), like.device)
 
 
 def _join(trees: Sequence[Value]) -> Value:

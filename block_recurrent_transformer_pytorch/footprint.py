@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
@@ -26,10 +27,11 @@ def footprint(
     config: Config, rows: int, segment: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Footprint:
     """Of `rows` segments of so many tokens: kernels of `device`, weights of `dtype`, under the autocast in force."""
-    kept: dict[int, Any] = {}
+    kept: dict[int, tuple[Any, int]] = {}  # weak references: the graph within a loss is gone after the call
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
         return tensor
 
     with FakeTensorMode(), torch.device(device):
@@ -40,7 +42,9 @@ def footprint(
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             held = model(x, xl_memories=memories, states=states, return_loss=True)
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        activations = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+        torch.clear_autocast_cache()  # as at the end of the forward pass
+        alive = {key: size for key, (storage, size) in kept.items() if not storage.expired()}
+        activations = sum(size for key, size in alive.items() if key not in own)
         del held
     carried = sum(leaf.nbytes for leaf in tree_leaves((memories, states)) if isinstance(leaf, Tensor))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -346,6 +347,11 @@ def weight_type(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
+def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device, types[precision]) if precision in types else nullcontext()
+
+
 class LossScale:
     """The factor that keeps small gradients within fp16: halved when one overflows, doubled after 2,000 without."""
 
@@ -362,7 +368,7 @@ class LossScale:
             self.value *= 2
 
 
-# 4 a step, and what an optimizer remembers
+# 4 a step
 
 
 def step(optimizer: Optimizer, *, lr: float, clip: float, scale: LossScale) -> tuple[float, bool]:
@@ -390,26 +396,6 @@ def step(optimizer: Optimizer, *, lr: float, clip: float, scale: LossScale) -> t
     optimizer.zero_grad(set_to_none=True)
     scale.update(finite)
     return norm, finite
-
-
-def state_after_a_step(
-    make: Callable[[list[nn.Parameter]], Optimizer], parameters: dict[str, nn.Parameter]
-) -> dict[str, dict[str, Any]]:
-    """What an optimizer remembers of each parameter behind its first step, on the meta device: nothing is computed.
-
-    Args:
-        make: makes the optimizer of a list of parameters.
-        parameters: by name; sharded ones count as whole.
-    """
-    like = {
-        name: nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
-        for name, parameter in parameters.items()
-    }
-    for parameter in like.values():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer = make(list(like.values()))
-    optimizer.step()
-    return {name: dict(optimizer.state[parameter]) for name, parameter in like.items()}
 
 
 # 5 weight decay

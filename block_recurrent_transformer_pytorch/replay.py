@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .block_recurrent_transformer_pytorch import Memories, RecurrentTrainWrapper, States, detach, without_prepared
+from .block_recurrent_transformer_pytorch import RecurrentTrainWrapper
+from .carried import Memories, States, detach, without_derived
 
 Step = Callable[[Any, Memories | None, States | None], tuple[Tensor, Memories, States]]
 
@@ -83,12 +84,12 @@ def replay_segments(
     with torch.no_grad():
         for number, segment in enumerate(segments):
             if memories is not None and states is not None and number > 0:
-                memories, states = shelf.put(number - 1, without_prepared(memories, states))
+                memories, states = shelf.put(number - 1, without_derived(memories, states))
             kept.append(Kept(segment, (memories, states), Random.now(device)))
             loss, memories, states = step(segment, memories, states)
             losses.append(loss)
     assert memories is not None and states is not None
-    memories, states = without_prepared(memories, states)
+    memories, states = without_derived(memories, states)
     after = detach(memories), detach(states)
     now = Random.now(device)
 

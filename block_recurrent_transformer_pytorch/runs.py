@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ def make_folder(out: str | None, preset: str, resume: bool, processes: Processes
     """The folder of the run, made by the first process; without `out` one of runs/ named by the preset and the time.
 
     Raises:
-        ValueError: a new run would go into the folder of another, or there is none to resume.
+        ValueError: a new run would go into the folder of another, there is none to resume, or it cannot be written to.
     """
     if out is None:
         name = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -30,16 +33,27 @@ def make_folder(out: str | None, preset: str, resume: bool, processes: Processes
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is no folder")
     names = processes.share({path.name for path in folder.iterdir()} if folder.exists() else set())
+    names -= {"lock", "config.json.tmp"}
     if names and not resume:
         raise ValueError(f"--out {folder} is not empty; --resume goes on with the run in it")
-    if names - {"lock", "config.json.tmp"} and "config.json" not in names:
+    if names and "config.json" not in names:
         raise ValueError(f"--resume {folder}: there are files, but no run: it has no config.json")
     if "metrics.jsonl" in names and not (folder / "checkpoints").is_dir():
         raise ValueError(f"--resume {folder}: its checkpoints/ is missing, and to begin anew would lose its "
                          "metrics.jsonl: put the one back, or the other away")  # fmt: skip
-    if processes.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
+    if refused := processes.share(make_writable(folder) if processes.is_first else ""):
+        raise ValueError(f"--out {folder} cannot be written to: {refused}")
     return folder
+
+
+def make_writable(folder: Path) -> str:
+    """Makes the folder; returns why it cannot be written to, if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").touch()
+    except OSError as error:
+        return f"{error.strerror}: {error.filename}"
+    return ""
 
 
 @contextmanager
@@ -53,6 +67,28 @@ def locked(folder: Path, processes: Processes) -> Iterator[None]:
             yield
     except BlockingIOError as error:
         raise ValueError(f"--out {folder} is in use by a run that has not ended") from error
+
+
+@contextmanager
+def listening(signals: list[tuple[int, float]], *, quiet: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM are noted, with their time, and nothing else; one more of them is a KeyboardInterrupt.
+
+    Within a second they count as one: a scheduler signals all processes, and torchrun passes on what it gets.
+    """
+
+    def note(number: int, frame: Any) -> None:
+        signals.append((number, time.monotonic()))
+        if signals[-1][1] - signals[0][1] > 1:
+            raise KeyboardInterrupt
+        if len(signals) == 1 and not quiet:  # print may be at work, and takes no second call
+            os.write(2, b"\nstopping after this step (once more: at once)\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def versions() -> dict[str, str]:

@@ -75,14 +75,15 @@ def activations(config: Config, tokens: int, precision: str) -> float:
     In values of a token, a layer keeps 3 d (what the two norms take in, and a dropout mask), 11 times all heads (keys
     and values, and once more beside those of the block before; queries raw, normalised and scaled; what attention
     finds, twice) and the hidden layer. The bias of the positions is kept once, whatever the number of rows, and its
-    distances once for all layers. Under autocast the residual stream stays in fp32, and the output maps of the
-    attention are copied to bf16; what is computed again takes its weights' copies with it. The loss of a large
-    vocabulary keeps the gradients of what it takes in, and of the embeddings.
+    distances once for all layers. Under autocast the residual stream stays in fp32 and has copies in bf16, as have the
+    output maps of the attention; what is computed again takes its weights' copies with it. The update of a state is
+    computed again, and keeps what it takes in. The loss of a large vocabulary keeps the gradients of what it takes in,
+    and of the embeddings.
     """
     inner, dim, width = config.heads * config.dim_head, config.dim, config.block_width
-    layer = {"fp32": 4 * (3 * dim + 11 * inner + config.ff_dim), "bf16": 12 * dim + 22 * inner + 2 * config.ff_dim}
-    token = {"fp32": 4 * 9 * inner, "bf16": 2 * 9 * inner + 2 * dim}  # of a recurrent layer: reading and being read
-    state = {"fp32": 4 * (6 * dim + 13 * inner), "bf16": 4 * 6 * dim + 2 * 13 * inner}  # of a state vector in a block
+    layer = {"fp32": 4 * (3 * dim + 11 * inner + config.ff_dim), "bf16": 18 * dim + 22 * inner + 2 * config.ff_dim}
+    token = {"fp32": 4 * 9 * inner, "bf16": 31 * inner + dim}  # of a recurrent layer: reading and being read
+    state = {"fp32": 14 * dim + 20 * inner, "bf16": 15 * dim + 14 * inner}  # of a state vector in a block
     bias = 2 * width * width * config.heads * WORD  # under autocast, too
     pairs = 2 * width * width * 8  # which distance each query and key have, once for all layers
     cells, blocks = len(config.recurrent_layers), tokens // width

@@ -2,26 +2,19 @@
 
     python examples/continue_from_memories.py
 
-The model is new and knows nothing; what is shown holds for any. It says how large the remembered values are, that
-going on from them equals reading everything again, and what a token costs after short and long documents.
+The model is new and knows nothing; what is shown holds for any. The output says how large the remembered values are,
+that going on from them equals reading everything again, and what a token costs after short and long documents.
+For a trained model and real text, `generate.py` does the same at the terminal.
 """
 
 import argparse
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
-from block_recurrent_transformer_pytorch import (
-    KV,
-    BlockRecurrentTransformer,
-    LayerMemory,
-    Memories,
-    States,
-    checkpoint,
-    detach,
-    select_rows,
-)
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, carried_files, select_rows
 
 
 def main() -> None:
@@ -48,9 +41,9 @@ def main() -> None:
 
     # 2. Keep it on disk, without pickle, and take it back.
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, tensors={"carried": (detach(memories), detach(states))}, metadata={}, step=0)
-        loaded = checkpoint.load_latest(folder, types=(Memories, LayerMemory, KV, States))
-    memories, states = loaded.tensors["carried"]
+        file = Path(folder) / "document.safetensors"
+        carried_files.save(file, memories, states, model)
+        memories, states = carried_files.load(file, model)
 
     # 3. Ask two questions of the same document: the remembered row twice.
     both = torch.tensor([0, 0])

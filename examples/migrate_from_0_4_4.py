@@ -4,19 +4,18 @@
     python examples/migrate_from_0_4_4.py                    # a model recorded from 0.4.4, kept with the tests
 
 `weights.pt` holds the state dict of a BlockRecurrentTransformer (not of the wrapper around it). The folder `converted`
-receives model.safetensors and config.json. Without arguments the logits are compared with those that 0.4.4 gave.
+receives model.safetensors and config.json, which `from_pretrained` reads. Without arguments the logits are compared
+with those that 0.4.4 gave.
 """
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer
 
 RECORDED = Path(__file__).parents[1] / "tests" / "golden" / "lucidrains.npz"
 
@@ -61,15 +60,9 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.config}")
 
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), options.out / "model.safetensors")
-        (options.out / "config.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-
-        # how to read it back
-        config = Config.from_dict(json.loads((options.out / "config.json").read_text()))
-        again = BlockRecurrentTransformer(config).to(model.token_emb.weight.dtype)
-        again.load_state_dict(load_file(options.out / "model.safetensors"))
-        print(f"saved in {options.out}")
+        model.save_pretrained(options.out)
+        again = BlockRecurrentTransformer.from_pretrained(options.out)  # how to read it back
+        print(f"saved in {options.out}, as {again.token_emb.weight.dtype}")
 
 
 if __name__ == "__main__":

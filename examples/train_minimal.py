@@ -46,7 +46,7 @@ def main() -> None:
     losses: list[float] = []
     for step, batch in zip(range(1, options.steps + 1), stream):
         x = batch.tokens
-        x[:, 1:].masked_fill_(~batch.targets_mask, model.config.ignore_index)  # the padding behind a document's end
+        x[:, 1:].masked_fill_(~batch.targets_mask, model.config.ignore_index)  # the padding after a document's end
         loss, memories, states = wrapper(
             x, xl_memories=memories, states=states, reset=batch.reset, return_memories_and_states=True
         )  # reset: rows in which a document begins. What comes back is detached (detach_segments=True).

@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic: who is compared with what, what counts as an operator, the table of the README."""
+"""The benchmark's own arithmetic: who is compared with what, what counts as an operator, the tables of the pages."""
 
 from __future__ import annotations
 
@@ -97,18 +97,29 @@ def test_ragged_reading_and_one_token():
 
 
 def test_table(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.update_readme(readme, RESULTS)
-    text = readme.read_text()
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.update_page(page, report.markdown(RESULTS))
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| batch 1 | 2 s | 4 s | 2.00 (2.00–2.00) | 0.50 (0.50–0.50) | peer 3 s (1.50 (1.12–2.25)) |" in text
     assert "nobody" not in text and "* other: not installed." in text and "commit abc" in text
-    report.update_readme(readme, RESULTS)
-    assert readme.read_text() == text
+    report.update_page(page, report.markdown(RESULTS))
+    assert page.read_text() == text
     with pytest.raises(ValueError, match="must hold the lines"):
-        readme.write_text("nothing")
-        report.update_readme(readme, RESULTS)
+        page.write_text("nothing")
+        report.update_page(page, "table")
+
+
+def test_the_pages_hold_what_was_measured():
+    """All of it in docs/benchmarks.md, six rows in the README."""
+    results = json.loads(run.RESULTS.read_text(encoding="utf-8"))
+    root = Path(__file__).resolve().parent.parent
+    for page, table in ((root / "docs" / "benchmarks.md", report.markdown), (root / "README.md", report.summary)):
+        text = page.read_text(encoding="utf-8")
+        between = text.partition(f"{report.BEGIN}\n")[2].partition(f"\n{report.END}")[0]
+        assert between == table(results), "python -m benchmarks table --update-docs"
+    assert report.summary(results).count("\n| ") == 1 + len(report.SUMMARY)
 
 
 def test_command(tmp_path, capsys):

@@ -33,12 +33,14 @@ from block_recurrent_transformer_pytorch.data import (
     Corpus,
     DocumentStream,
     FileTokenizer,
+    ReadAhead,
     Source,
     bits_per_byte,
     build_corpus,
     download_enwik8,
     find_enwik8,
     load_source,
+    lost_by,
     split,
     standard_library,
 )
@@ -434,14 +436,17 @@ def test_split_by_document(tmp_path: Path, number: int, train: int, valid: int) 
     for i in range(number):
         (tmp_path / f"{i:03}").write_text(f"document {i}")
     source = load_source(tmp_path)
-    splits = split(source)
+    splits = split(source, "documents")
+    if number >= 20:
+        assert split(source) == splits
+        assert f"{valid} and {valid} whole documents are held out" in splits.describe()
     names = [{document.name for document in part.documents} for part in splits]
     assert [len(part) for part in names] == [train, valid, valid]
     assert set.union(*names) == {document.name for document in source.documents}
     for part in splits:
         assert [d.name for d in part.documents] == sorted(d.name for d in part.documents)
     (tmp_path / "000").rename(tmp_path / "zzz")  # names do not matter
-    assert {d.sha256 for d in split(load_source(tmp_path)).valid.documents} == {
+    assert {d.sha256 for d in split(load_source(tmp_path), "documents").valid.documents} == {
         d.sha256 for d in splits.valid.documents
     }
 
@@ -460,6 +465,111 @@ def test_two_documents_are_cut_and_tiny_ones_refused(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(b"short")
     with pytest.raises(ValueError, match="source: 5 bytes in 1 documents are too few to split"):
         split(load_source(tmp_path / "c.txt"))
+
+
+def test_a_few_documents_and_a_giant_among_small_ones_are_cut(tmp_path: Path) -> None:
+    """Of three books one tenth is held out, not two of them."""
+    for i in range(3):
+        (tmp_path / f"{i}").write_bytes(bytes([i]) * 1000)
+    splits = split(load_source(tmp_path))
+    assert [part.num_bytes for part in splits] == [2700, 150, 150]
+    text = splits.describe()
+    assert "training 2,700 bytes (90.0 %)" in text and "each of the 3 documents is cut" in text
+    for i in range(3, 40):
+        (tmp_path / f"{i}").write_bytes(bytes([i]) * 1000)
+    whole = split(load_source(tmp_path))
+    assert [len(part.documents) for part in whole] == [36, 2, 2]
+    (tmp_path / "0").write_bytes(bytes(100_000))  # in whichever part it comes, the shares are not 90/5/5
+    source = load_source(tmp_path)
+    assert [part.num_bytes for part in split(source)] == [part.num_bytes for part in split(source, "cut")]
+    assert [len(part.documents) for part in split(source, "documents")] == [36, 2, 2]
+    with pytest.raises(ValueError, match="how='thirds' must be one of auto, documents, cut"):
+        split(source, "thirds")  # type: ignore[arg-type]
+
+
+def test_endings_in_upper_case(tmp_path: Path) -> None:
+    (tmp_path / "texts.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "packed.TXT.GZ").write_bytes(gzip.compress(b"three"))
+    assert contents(load_source(tmp_path)) == [b"three", b"one", b"two"]
+
+
+def test_linked_folders_are_followed_once_and_circles_end(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere" / ".hidden").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "book").write_text("a book")
+    (tmp_path / "elsewhere" / ".hidden" / "secret").write_text("a secret")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert contents(load_source(tmp_path / "data")) == [b"a book"]
+    (tmp_path / "data" / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.warns(UserWarning, match="data/gone is a link to what is not there"):
+        assert contents(load_source(tmp_path / "data")) == [b"a book"]
+
+
+# a sample of a corpus
+
+
+def test_a_sample_is_spread_over_the_whole_corpus() -> None:
+    corpus = Corpus.from_tokens([np.arange(1000) % 251])
+    sample = corpus.spread(4, 10)
+    starts = [0, 250, 500, 750]
+    assert sample.lengths.tolist() == [10] * 4 and sample.total_bytes == 40
+    assert sample.tokens.tolist() == [(start + i) % 251 for start in starts for i in range(10)]
+    assert corpus.spread(4, 10).fingerprint == sample.fingerprint != corpus.fingerprint
+    assert corpus.spread(10, 100) is corpus
+    with pytest.raises(ValueError, match="rows=0"):
+        corpus.spread(0, 1)
+
+
+def test_a_sample_begins_with_short_documents_and_keeps_their_borders() -> None:
+    documents = [[n] * 7 for n in range(50)] + [[], [99] * 150]
+    corpus = Corpus.from_tokens(documents)
+    sample = corpus.spread(5, 20)
+    pieces = [sample.tokens[i:j].tolist() for i, j in zip(sample.offsets, sample.offsets[1:])]
+    assert [(piece[0], len(piece)) for piece in pieces] == [
+        (0, 7), (1, 7), (2, 6), (14, 7), (15, 7), (16, 6), (28, 7), (29, 7), (30, 6), (42, 7), (43, 7), (44, 6),
+        (99, 20),
+    ]  # fmt: skip
+    assert all(len(set(piece)) == 1 for piece in pieces)
+    assert sample.total_bytes == sample.total_tokens
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any), st.integers(1, 5), st.integers(1, 30))
+def test_a_sample_is_no_larger_than_asked_and_of_the_corpus(lengths: list[int], rows: int, length: int) -> None:
+    documents = [[n] * size for n, size in enumerate(lengths)]
+    corpus = Corpus.from_tokens(documents)
+    sample = corpus.spread(rows, length)
+    assert 0 < sample.total_tokens <= max(rows * length, corpus.total_tokens * (sample is corpus))
+    counts = np.bincount(sample.tokens, minlength=len(lengths))
+    assert (counts <= np.array(lengths)).all()  # nothing twice
+    assert sample is corpus or 0 not in sample.lengths
+
+
+def test_what_is_read_ahead_changes_no_state() -> None:
+    def make() -> ReadAhead:
+        corpus = Corpus.from_tokens([[n] * 9 for n in range(5)])
+        return ReadAhead(DocumentStream(corpus, batch=2, segment=4), 2)
+
+    plain, ahead = make(), make()
+    for _ in range(9):
+        before = plain.state_dict()
+        ahead.read()
+        assert ahead.state_dict() == before and ahead.epoch == plain.epoch
+        one, other = next(plain), next(ahead)
+        assert all(torch.equal(x, y) for a, b in zip(one, other) for x, y in zip(a, b))
+    resumed = make()
+    resumed.read()
+    resumed.load_state_dict(ahead.state_dict())
+    assert all(torch.equal(x, y) for a, b in zip(next(resumed), next(plain)) for x, y in zip(a, b))
+
+
+def test_what_is_read_ahead_for_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    stream = DocumentStream(Corpus.from_tokens([[1] * 9]), batch=1, segment=4)
+    batches = next(ReadAhead(stream, 2, pin=True))
+    assert [id(tensor) for batch in batches for tensor in batch] == [id(tensor) for tensor in pinned]
 
 
 # tokenizers and bits per byte
@@ -528,6 +638,13 @@ def test_tokenizer_file_errors(tmp_path: Path, fake_tokenizer: FileTokenizer, mo
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install block-recurrent-transformer-pytorch\[train\]"):
         FileTokenizer(tmp_path / "tokenizer.json")
+
+
+def test_what_a_tokenizer_loses_is_found(tmp_path: Path, fake_tokenizer: FileTokenizer) -> None:
+    (tmp_path / "text").write_text("a text")
+    source = load_source(tmp_path / "text")
+    assert lost_by(ByteTokenizer(), source) is None
+    assert lost_by(fake_tokenizer, source) == f"'a text' in {tmp_path / 'text'} comes back as '0 299 0 299'"
 
 
 def test_long_texts_are_encoded_in_pieces_that_end_with_a_line(fake_tokenizer: FileTokenizer) -> None:

@@ -2,10 +2,11 @@
 
 import ast
 import importlib.util
-import json
+import io
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import fields
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, paper
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, config, paper
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -74,14 +75,18 @@ def test_example_migrate_compares_with_what_0_4_4_gave(monkeypatch, capsys):
 
 
 def test_example_migrate_converts_a_file(monkeypatch, capsys, tmp_path):
-    pytest.importorskip("safetensors")
     torch.save({k: torch.from_numpy(v) for k, v in recorded("lucidrains.npz/read_below").items()}, tmp_path / "old.pt")
     arguments = ["--max-seq-len", "8", "--block-width", "4", "--read-recurrent-layers", "1"]
-    arguments += ["--out", str(tmp_path)]
+    arguments += ["--out", str(tmp_path / "new")]
     run_example("migrate_from_0_4_4.py", monkeypatch, capsys, str(tmp_path / "old.pt"), *arguments)
-    config = Config.from_dict(json.loads((tmp_path / "config.json").read_text()))
+    config = BlockRecurrentTransformer.from_pretrained(tmp_path / "new").config
     assert config.block_width == 4 and config.read_recurrent_layers == (1,)
-    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_example_own_gate_and_memory(monkeypatch, capsys):
+    told = run_example("own_gate_and_memory.py", monkeypatch, capsys)
+    assert float(re.search(r"logits in two calls: (\S+)", told)[1]) < 1e-4
+    assert "averages: torch.Size([1, 1, 6, 16])" in told and 0.3 < float(re.search(r"is kept: (\S+)", told)[1]) < 0.7
 
 
 def test_example_train_minimal(monkeypatch, capsys):
@@ -94,26 +99,64 @@ def test_example_train_minimal(monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------ documents
 
 
-@pytest.mark.parametrize("page", DOCS, **by_name)
-def test_python_code_runs_from_top_to_bottom(page, monkeypatch, tmp_path):
-    """In a folder with the weights that the migration guide loads."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run on a short text."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "book.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 200)
+    flags = f"--preset tiny --steps 2 --sample 0 --device cpu --cache {folder / 'cache'}".split()
+    assert load(ROOT / "train.py").main([*flags, "--data", str(folder / "book.txt"), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def workplace(trained, monkeypatch, tmp_path):
+    """A folder with the run and the book that the README speaks of."""
+    shutil.copytree(trained / "run", tmp_path / "runs" / "first")
+    shutil.copy(trained / "book.txt", tmp_path)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, **by_name)
+def test_python_code_runs_from_top_to_bottom(page, workplace):
+    """In a folder with the weights that the migration guide loads."""
     torch.save({k: torch.from_numpy(v) for k, v in recorded("lucidrains.npz/default").items()}, "weights.pt")
     np.savez("params.npz", **recorded("model_lstm_dual.npz"))
-    names: dict = {}
+    names: dict = {"__name__": f"page_{page.stem}"}
     for code in blocks(page, "python"):
         ast.parse(code)
         exec(compile(code, str(page), "exec"), names)
 
 
-def commands() -> list[str]:
+def commands(script: str) -> list[str]:
     code = [block for page in PAGES for block in blocks(page, "(?:sh|bash|shell|console)")]
     lines = [line for block in code for line in block.replace("\\\n", " ").splitlines()]
-    return sorted({line.split("#")[0].strip() for line in lines if re.match(r"(python|torchrun)\b.*\btrain\.py", line)})
+    return sorted({line.split("#")[0].strip() for line in lines if re.match(rf"(python|torchrun)\b.*\b{script}", line)})
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_of_the_trainer_parse(command, monkeypatch, tmp_path):
+def test_the_readme_tells_every_command_and_how_to_test():
+    assert all(commands(script) for script in ("train.py", "generate.py", "evaluate.py"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^pip install .*\[test\].*pytest", readme, flags=re.M)) == 1  # which .ci/run looks for
+
+
+@pytest.mark.parametrize("command", commands("generate.py"))
+def test_commands_of_generate_run(command, workplace, monkeypatch, capsys):
+    """The prompts of one without --prompt are the lines of the standard input."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("And who is Ahab?\n"))
+    flags = shlex.split(command)[2:]
+    assert load(ROOT / "generate.py").main([*flags, "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert Path("book.safetensors").exists() == ("--memory" in flags)
+
+
+@pytest.mark.parametrize("command", commands("evaluate.py"))
+def test_commands_of_evaluate_parse(command):
+    load(ROOT / "evaluate.py").make_parser().parse_args(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize("command", commands("train.py"))
+def test_commands_of_the_trainer_parse(command, workplace, monkeypatch):
     """And the batch can be divided among the processes and parts."""
     train = load(ROOT / "train.py")
     words = shlex.split(command)
@@ -124,9 +167,6 @@ def test_commands_of_the_trainer_parse(command, monkeypatch, tmp_path):
             processes *= int(launcher[launcher.index(name) + 1])
     if processes > 1:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.chdir(tmp_path)
-    if "--resume" in flags and (after := flags[flags.index("--resume") + 1 :]) and not after[0].startswith("-"):
-        Path(after[0]).mkdir(parents=True)
     options = train.parse(flags)
     assert options.batch % (processes * options.accumulate) == 0
     train.model_config(options, num_tokens=256)
@@ -182,12 +222,49 @@ def test_the_table_of_readings_names_options_values_and_defaults_that_exist():
     for _, _, _, option, value in rows[1:]:
         names = [name for name in re.findall(r"`(\w+)`", option.partition(":")[0]) if name in options]
         for choice in re.findall(r"`(\w+)`", option.partition(":")[2]):
-            assert choice in options or choice in str(options[names[0]].type), (names, choice)
+            known = config.GATES if names[0] == "gate" else str(options[names[0]].type)
+            assert choice in options or choice in known, (names, choice)
         told = re.fullmatch(r" (?:`(\w+)`|([\d.]+)) ", value)
         if told and names and told[1] != "heads":
             assert str(getattr(default, names[0])) in ((told[1] or told[2]), f"{told[2]}.0"), (names, value)
     assert default.recurrent_layers == (6 // 2,) and default.num_state_vectors == default.block_width
     assert default.ff_dim == int(8 * 48 / 3)
+
+
+PACKAGE = ROOT / "block_recurrent_transformer_pytorch"
+
+
+def rooms() -> list[str]:
+    """The modules of the package in the order of the table in architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lines = text.partition("| room |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [name for line in lines for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+
+
+def test_the_table_of_rooms_names_every_module():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert sorted(rooms()) == sorted(modules), "name it in the table of rooms in docs/architecture.md"
+
+
+def test_no_room_imports_one_below_it():
+    order = rooms()
+    for number, name in enumerate(order):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+        for node in tree.body:  # not those within functions, nor for type checkers alone
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                modules = [node.module] if node.module else [alias.name for alias in node.names]
+                for module in set(modules) & set(order):
+                    assert module in order[:number], f"{name} imports {module}"
+
+
+def test_the_way_of_a_token_names_functions_that_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    way = text.partition("### A token and a state on their way")[2].partition("###")[0]
+    source = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py"))
+    names = set(re.findall(r"`(\w+)`", way))
+    assert len(names) > 20
+    for name in names:
+        assert re.search(rf"(def|class) {name}\b|self\.{name} = ", source), name
 
 
 def test_the_constructor_of_0_4_4_is_covered():
