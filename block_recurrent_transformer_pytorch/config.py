@@ -277,7 +277,7 @@ class Config:
             raise ValueError(f"config holds unknown options {unknown}{hint}")
         if missing := [name for name in ("num_tokens", "dim", "depth") if name not in values]:
             raise ValueError(f"config lacks {', '.join(missing)}")
-        return cls(**values)
+        return cls(**{name: _as_tuples(value) for name, value in values.items()})
 
     @property
     def fingerprint(self) -> str:
@@ -333,6 +333,13 @@ class Config:
             tied = any(low < layer <= high for low, high in ties)
             groups = [*groups[:-1], (*groups[-1], layer - 1)] if tied else [*groups, (layer - 1,)]
         return groups
+
+
+def _as_tuples(value: Any) -> Any:
+    """What JSON made lists of, as it was."""
+    if isinstance(value, dict):
+        return {name: _as_tuples(item) for name, item in value.items()}
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _in_words(hint: Any) -> str:
