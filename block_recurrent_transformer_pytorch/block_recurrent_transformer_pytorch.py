@@ -1340,6 +1340,41 @@ class BlockRecurrentTransformer(nn.Module):
         return cls.from_weights(Config(**options), weights, "params", sources)
 
     @classmethod
+    def from_llama(
+        cls, path_or_model: str | Path | nn.Module, *, block_width: int, num_xl_blocks: int, sink_tokens: int = 4,
+        recurrent_layers: tuple[int, ...] = (), dtype: torch.dtype | None = None, **options: Any,
+    ) -> BlockRecurrentTransformer:  # fmt: skip
+        """A pretrained Llama, Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3 or Phi-3 that reads a stream of any length.
+
+        Logits are the pretrained model's while no token has left the window of num_xl_blocks + 1 blocks, whatever is
+        added here: new parts begin so that nothing changes. In eval mode.
+
+        Args:
+            path_or_model: a folder as transformers writes it (config.json and safetensors), or its model in memory.
+            block_width, num_xl_blocks: a token sees the tokens before it in its block, and so many blocks before.
+            sink_tokens: first tokens of the stream that stay (`SinkMemory`); 0 for none.
+            recurrent_layers: layers that get a state.
+            dtype: of the weights; default that of the source.
+            options: further fields of `Config` that do not follow from the pretrained model.
+
+        Raises:
+            ValueError: what cannot be carried, by its name: other families, partial rotary positions, unknown scalings
+                of them, sliding windows narrower than this one, biases elsewhere than in q, k and v, other weights.
+        """
+        from .llama import from_llama
+
+        return from_llama(
+            cls, path_or_model, block_width=block_width, num_xl_blocks=num_xl_blocks, sink_tokens=sink_tokens,
+            recurrent_layers=recurrent_layers, dtype=dtype, **options,
+        )  # fmt: skip
+
+    def new_parameters(self) -> dict[str, nn.Parameter]:
+        """What a pretrained model did not have, by name, for an optimizer: `llama.new_parameters`."""
+        from .llama import new_parameters
+
+        return new_parameters(self)
+
+    @classmethod
     def from_weights(
         cls, config: Config, weights: dict[str, Tensor], argument: str = "weights",
         sources: Mapping[str, str] = MappingProxyType({}), *, take: bool = False,
