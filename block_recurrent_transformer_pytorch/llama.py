@@ -54,6 +54,7 @@ def from_llama(
 ) -> BlockRecurrentTransformer:  # fmt: skip
     """See `BlockRecurrentTransformer.from_llama`."""
     content, weights, name = read_source(source)
+    check_types(weights, name)
     theirs = options_of(content, window=block_width * (1 + num_xl_blocks), name=name)
     if given := sorted(options.keys() & theirs.keys()):
         raise ValueError(f"{', '.join(given)} follow from the pretrained model, and cannot be given")
@@ -95,6 +96,13 @@ def read_source(source: StrPath | nn.Module) -> tuple[dict[str, Any], dict[str, 
     for file in dict.fromkeys(files.values()):
         weights |= read_shard(file, [name for name, place in files.items() if place == file])
     return content, weights, str(folder)
+
+
+def check_types(weights: dict[str, Tensor], name: str) -> None:
+    """Raises a ValueError if weights are quantised."""
+    for entry, tensor in weights.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name}: {entry} is {tensor.dtype}, and quantised weights are not carried")
 
 
 def moved_to(dtype: torch.dtype | None, tensor: Tensor) -> Tensor:
@@ -143,7 +151,6 @@ def conflicts(content: dict[str, Any], window: int) -> list[tuple[bool, str]]:
     activation, biased = content.get("hidden_act", "silu"), [n for n in ("mlp_bias",) if content.get(n)]
     return [
         (activation not in ("silu", "swish"), f"hidden_act {activation!r} is not 'silu'"),
-        (bool(content.get("quantization_config")), "quantization_config: quantised weights are not carried"),
         (sliding is not None and sliding < window,
          f"sliding_window={sliding} is less than the {window} tokens that a token sees with this block_width and "
          "num_xl_blocks: windows of single layers are not carried, take a window of at most that"),

