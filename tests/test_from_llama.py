@@ -273,13 +273,9 @@ def test_sinks_are_the_first_tokens_for_ever_and_reset_by_row() -> None:
     ({"rotary_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' lacks .*low_freq_factor"),
     ({"rotary_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be a positive number, not 0"),
     ({"rotary_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1}}, r"'linear' has no \['beta_fast'\]"),
-    ({"positions": "t5", "rotary_base": 5.0}, "need positions='rotary' or 'xpos', not 't5'"),
-    ({"positions": "none", "unrotated_layers": (1,)}, "needs positions='rotary' or 'xpos', not 'none'"),
     ({"unrotated_layers": (4,)}, r"unrotated_layers=\(4,\): \[4\] not among"),
     ({"unrotated_layers": 3}, "must be a tuple of layer numbers"),
     ({"dim_head": 3}, "positions='rotary' rotates pairs"),
-    ({"all_layers_qk_rmsnorm": True}, "tokens_qk_norm='none' is for all layers"),
-    ({"qk_norm": "head"}, "tokens_qk_norm='none' cannot be combined with qk_norm='head'"),
     ({"attention_window": "sliding", "num_xl_blocks": 1, **SINKS}, "cannot be combined with extra_memories=.'sinks'."),
 ])  # fmt: skip
 def test_options_that_cannot_be(options: dict[str, Any], match: str) -> None:
