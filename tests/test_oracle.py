@@ -41,6 +41,11 @@ CASES: dict[str, dict] = {
     "rotary scaled linearly": {"positions": "rotary", "rotary_scaling": SCALINGS[0]},
     "rotary scaled as in Llama 3": {"positions": "rotary", "rotary_scaling": SCALINGS[1], "dim_head": 8},
     "rotary scaled by yarn": {"positions": "rotary", "rotary_scaling": SCALINGS[2], "dim_head": 8},
+    "rotary scaled by yarn with options": {
+        "positions": "rotary", "rotary_base": 7.0, "dim_head": 8, "rotary_scaling": SCALINGS[2] | {
+            "beta_fast": 1.0, "beta_slow": 0.25, "attention_factor": 1.3,
+        },
+    },
     "xpos scaled": {"rotary_scaling": SCALINGS[2], "rotary_base": 50.0, "dim_head": 8},
     "sinks": {"extra_memories": {"sinks": {"tokens": 2}}},
     "sinks of some layers, two xl blocks, rotary": {
