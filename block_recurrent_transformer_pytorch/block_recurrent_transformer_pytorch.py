@@ -1340,9 +1340,10 @@ class BlockRecurrentTransformer(nn.Module):
         return cls.from_weights(Config(**options), weights, "params", sources)
 
     @classmethod
+    @typechecked
     def from_llama(
         cls, path_or_model: str | Path | nn.Module, *, block_width: int, num_xl_blocks: int, sink_tokens: int = 4,
-        recurrent_layers: tuple[int, ...] = (), dtype: torch.dtype | None = None, **options: Any,
+        recurrent_layers: Sequence[int] = (), dtype: torch.dtype | None = None, **options: Any,
     ) -> BlockRecurrentTransformer:  # fmt: skip
         """A pretrained Llama, Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3 or Phi-3 that reads a stream of any length.
 

@@ -14,6 +14,7 @@ in one file or several), for which transformers need not be installed. Layout of
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -50,7 +51,7 @@ UNUSED = ("rotary_emb.inv_freq",)  # ends of names of old checkpoints: tables th
 
 def from_llama(
     cls: type[BlockRecurrentTransformer], source: StrPath | nn.Module, *, block_width: int, num_xl_blocks: int,
-    sink_tokens: int = 4, recurrent_layers: tuple[int, ...] = (), dtype: torch.dtype | None = None, **options: Any,
+    sink_tokens: int = 4, recurrent_layers: Sequence[int] = (), dtype: torch.dtype | None = None, **options: Any,
 ) -> BlockRecurrentTransformer:  # fmt: skip
     """See `BlockRecurrentTransformer.from_llama`."""
     content, weights, name = read_source(source)

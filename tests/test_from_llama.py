@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from beartype.roar import BeartypeCallHintViolation
 from oracle import assert_same, read_in_pieces
 from safetensors.torch import load_file, save_file
 from strategies import SCALINGS, random_model, random_stream
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, forget_rows
 from block_recurrent_transformer_pytorch.llama import freeze_pretrained, new_parameters, to_llama
 
+WRONG = (ValueError, BeartypeCallHintViolation)
 LLAMA = {
     "num_tokens": 11, "dim": 8, "depth": 3, "dim_head": 4, "heads": 2, "kv_heads": 1, "ff_dim": 6, "block_width": 4,
     "max_seq_len": 8, "num_xl_blocks": 2, "recurrent_layers": (), "positions": "rotary", "ff_activation": "swiglu",
@@ -161,6 +163,8 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
 
     refused(tmp_path / "nowhere", "is no folder")
     refused(tmp_path, "has no config.json")
+    with pytest.raises(WRONG, match="block_width"):
+        BlockRecurrentTransformer.from_llama(tmp_path, block_width="8", num_xl_blocks=2)
     refused(nn.Linear(2, 2), "must be a model of transformers, or a folder, not Linear")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(folder, "no model.safetensors .*pytorch_model.bin.*: have transformers load and save it as safetensors")
