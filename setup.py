@@ -22,6 +22,7 @@ setup(
     ],
     extras_require={
         "train": [*train, "matplotlib>=3.7", "tokenizers>=0.15"],
+        "transformers": ["transformers>=5"],
         "test": [*train, "pytest>=8", "hypothesis>=6.100"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
     },

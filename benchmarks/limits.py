@@ -47,7 +47,7 @@ def step_products(config: Config, batch: int, length: int) -> list[Product]:
     w, s, dim, tokens = config.block_width, config.num_state_vectors, config.dim, batch * length
     blocks = length // w
     products = linear(tokens, dim, config.num_tokens)
-    hidden = config.ff_dim * (2 if config.ff_activation == "geglu" else 1)
+    hidden = config.ff_dim * (1 if config.ff_activation == "relu" else 2)
     for layer in range(1, config.depth + 1):
         reads = len(config.reads(layer))
         products += linear(tokens, dim, inner, 1 + reads) + linear(tokens, dim, 2 * groups * e)

@@ -8,6 +8,7 @@ Papers
     Shazeer 2019, arXiv 1911.02150 (one key/value head for all query heads)
     Su et al. 2021, RoFormer, arXiv 2104.09864; Sun et al. 2022, arXiv 2212.10554 (rotary positions with the xPos decay)
     Raffel et al. 2019, T5, arXiv 1910.10683 (bucketed position bias)
+    Shazeer 2020, arXiv 2002.05202 (geglu and swiglu); Xiao et al. 2023, arXiv 2309.17453 (sink tokens)
 
 A recurrent layer, for the tokens X of one block and the states S as of the block's start:
 
@@ -77,7 +78,7 @@ from .checks import (
     check_type,
     describe,
 )
-from .config import GATES, MEMORIES, Config, register_gate
+from .config import GATES, MEMORIES, Config, register_gate, register_memory
 from .kernels import (
     Rotation,
     at_least_fp32,
@@ -90,6 +91,7 @@ from .kernels import (
     without_autocast,
 )
 from .losses import Reduction, cross_entropy
+from .rotary import ROTARIES, Rotary
 from .spans import Shape, Span, in_order, make_plan, take
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -115,26 +117,30 @@ class Mode(NamedTuple):
 
 
 def make_norm(config: Config) -> nn.Module:
-    """Layer norm with a gain and no bias, or RMS norm with epsilon 1e-6 inside the root."""
+    """Layer norm with a gain and no bias, or RMS norm; the epsilon is inside the root."""
     if config.norm == "layer":
-        return nn.LayerNorm(config.dim, bias=False)
-    return nn.RMSNorm(config.dim, eps=1e-6)
+        return nn.LayerNorm(config.dim, eps=config.norm_eps or 1e-5, bias=False)
+    return nn.RMSNorm(config.dim, eps=config.norm_eps or 1e-6)
+
+
+GATED: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu}
 
 
 class Hidden(nn.Module):
-    """The hidden layer of a feed-forward, dim_in -> ff_dim: relu(x W), or x W1 * gelu(x W2)."""
+    """The hidden layer of a feed-forward, dim_in -> ff_dim: relu(x W), x W1 * gelu(x W2), or x W1 * silu(x W2)."""
 
     def __init__(self, config: Config, dim_in: int) -> None:
         super().__init__()
-        self.use_gate = config.ff_activation == "geglu"
+        self.open = GATED.get(config.ff_activation)
+        self.use_gate = self.open is not None
         self.to_hidden = nn.Linear(dim_in, config.ff_dim * (2 if self.use_gate else 1), bias=False)
 
     def activate(self, hidden: Tensor) -> Tensor:
         """What `to_hidden` gives -> (..., f)."""
-        if not self.use_gate:
+        if self.open is None:
             return F.relu(hidden)
         value, gate = hidden.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return value * self.open(gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., f)."""
@@ -171,55 +177,6 @@ class FeedForward(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------- 2 positions
-
-
-class XPos(nn.Module):
-    """Rotary positions with the xPos decay (Sun et al. 2022), over all channels, the two halves of a head as pairs.
-
-    Channel pair i turns by position * 10000^(-2i/e); queries are scaled by zeta_i^(position / 512), keys by its
-    inverse, with zeta_i = (2i + 0.4 e) / (1.4 e). Only differences of positions matter. The tables are kept in fp32
-    (fp64 in an fp64 model) whatever the type of the model is, for positions -low ... high - 1.
-    """
-
-    SCALE_BASE = 512
-
-    def __init__(self, dim_head: int, low: int, high: int) -> None:
-        super().__init__()
-        self.dim_head, self.low, self.high = dim_head, low, high
-        self.register_buffer("tables", torch.empty(0), persistent=False)
-        self.tables: Tensor
-        self.reset_tables()
-
-    def reset_tables(self, like: Tensor | None = None) -> None:
-        """Computes the tables anew, on the device and for the type of `like`, or that the buffer has now."""
-        with torch.inference_mode(False):  # the tables are made there, too, as tensors that training may save
-            self.tables = self.computed_tables(self.tables if like is None else like)
-
-    def computed_tables(self, like: Tensor) -> Tensor:
-        """(4, low + high, e): cosine and sine for queries, and for keys."""
-        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
-        even = torch.arange(0, self.dim_head, 2, device=device, dtype=torch.float32)
-        frequency = 1.0 / (10000.0 ** (even / self.dim_head))  # fp32 in every model, so that all agree on them
-        zeta = (even + 0.4 * self.dim_head) / (1.4 * self.dim_head)
-        position = torch.arange(-self.low, self.high, device=device, dtype=dtype)[:, None]
-        angle, decay = position * frequency.to(dtype), zeta.to(dtype) ** (position / self.SCALE_BASE)
-        cos, sin = (torch.cat(halves, dim=-1) for halves in ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin())))
-        decay = torch.cat((decay, decay), dim=-1)
-        return torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])
-
-    def _apply(self, fn: Any, recurse: bool = True) -> XPos:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.reset_tables()
-        return self
-
-    def at(self, first: int | Tensor, count: int) -> tuple[Rotation, Rotation]:
-        """The tables of `count` positions from `first` on, for queries and keys; (b,) `first` gives (b, 1, j, e)."""
-        if isinstance(first, Tensor):
-            rows = first[:, None] + torch.arange(self.low, self.low + count, device=first.device)
-            cos_q, sin_q, cos_k, sin_k = self.tables[:, rows.clamp(max=self.low + self.high - 1)][:, :, None]
-        else:
-            cos_q, sin_q, cos_k, sin_k = self.tables[:, self.low + first : self.low + first + count]
-        return Rotation(cos_q, sin_q), Rotation(cos_k, sin_k)
 
 
 class T5Bias(nn.Module):
@@ -301,7 +258,7 @@ CAUSAL_BIAS_ON = {"cuda"}  # devices whose flash kernel takes keys in front of a
 
 
 def make_visibility(
-    config: Config, span: Span, kinds: Sequence[MemoryKind], rotary: XPos | None, device: torch.device,
+    config: Config, span: Span, kinds: Sequence[MemoryKind], rotary: Rotary | None, device: torch.device,
     dtype: torch.dtype,
 ) -> Visibility:  # fmt: skip
     """Which keys the tokens of `span` see in a layer with these kinds of memory; dtype is that of the queries."""
@@ -507,17 +464,33 @@ class ChannelNormAttention(Attention):
         nn.init.ones_(self.q_scale)
         nn.init.ones_(self.k_scale)
 
+    def normalised(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        return unit(x, gain)
+
     def ready(self, k: Tensor) -> Tensor:
-        return unit(k, self.k_scale)
+        return self.normalised(k, self.k_scale)
 
     def stored_state(self, k: Tensor) -> Tensor:
-        return unit(k)
+        return self.normalised(k)
 
     def queries(self, q: Tensor) -> Tensor:
-        return unit(q, self.q_scale)
+        return self.normalised(q, self.q_scale)
 
     def state_queries(self, q: Tensor) -> Tensor:
-        return unit(q, self.q_scale * self.k_scale)  # q . (k g) = (q g) . k
+        return self.normalised(q, self.q_scale * self.k_scale)  # q . (k g) = (q g) . k
+
+
+class RMSNormAttention(ChannelNormAttention):
+    """Queries and keys through an RMS norm with a gain per channel, scale 1 / sqrt(dim_head) (Qwen3)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scale, self.eps = config.dim_head**-0.5, config.norm_eps or 1e-6
+
+    def normalised(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        wide = at_least_fp32(x)
+        normed = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (normed if gain is None else normed * gain).to(x.dtype)
 
 
 class HeadNormAttention(Attention):
@@ -542,7 +515,9 @@ class HeadNormAttention(Attention):
         return bias * self.head_scale.abs()[:, None]
 
 
-ATTENTIONS = {"none": Attention, "channel": ChannelNormAttention, "head": HeadNormAttention}
+ATTENTIONS = {
+    "none": Attention, "channel": ChannelNormAttention, "rms": RMSNormAttention, "head": HeadNormAttention,
+}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- 4 memories
@@ -576,12 +551,14 @@ class MemoryKind(nn.Module):
         width: entries in front of the block.
         per_block: entries that one block becomes.
         delay: complete blocks before the first one comes in.
+        is_near: whether the entries stand directly in front of the XL memory, and not behind the compressed memory.
     """
 
     name: str = ""
     width: int = 0
     per_block: int = 1
     delay: int = 0
+    is_near: bool = False
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -702,6 +679,37 @@ class CompressedMemory(MemoryKind):
         stream = KV(*map(cat_keys, memory, self.compress(blocks, span.num_blocks)))
         seen = KV(*(windows(x, self.width, self.per_block, span.num_blocks) for x in stream))
         return Appended(seen, None, newest(stream, memory))
+
+    def check(self, name: str, memory: Any, batch: int, like: Tensor) -> None:
+        check_kv(name, memory, (batch, self.kv_heads, self.width, self.dim_head), like)
+
+
+@register_memory("sinks")
+class SinkMemory(MemoryKind):
+    """The first `tokens` of the first block that left the XL memory, kept for ever (Xiao et al. 2023).
+
+    They stand directly in front of the XL memory, wherever they stood in the stream: what a model has learned to attend
+    to when it needs nothing, and falls apart without.
+    """
+
+    is_near = True
+
+    def __init__(self, config: Config, layer: int, tokens: int = 4) -> None:
+        super().__init__(config, layer)
+        if not 1 <= tokens <= config.block_width:
+            raise ValueError(
+                f"extra_memories['sinks']: tokens must be from 1 to block_width={config.block_width}, not {tokens}"
+            )
+        self.width = self.per_block = tokens
+
+    def append(self, memory: KV, blocks: KV, span: Span) -> Appended:
+        seen = KV(*(x[:, None].expand(-1, span.num_blocks, -1, -1, -1) for x in memory))
+        if span.full_blocks > self.delay:
+            return Appended(seen, None, memory)
+        first = KV(*(x[:, :, : self.width].to(m.dtype).clone() for x, m in zip(blocks, memory)))
+        if span.extra_blocks is not None:  # rows that hold theirs keep them
+            first = choose_rows(span.full_blocks + span.extra_blocks <= self.delay, first, memory)
+        return Appended(seen, None, first)
 
     def check(self, name: str, memory: Any, batch: int, like: Tensor) -> None:
         check_kv(name, memory, (batch, self.kv_heads, self.width, self.dim_head), like)
@@ -993,9 +1001,8 @@ class TransformerBlock(nn.Module):
         self.attn_dropout, self.input_dropout = config.attn_dropout, config.attn_input_dropout
         self.norm = make_norm(config)
         self.widths = [inner] * (1 + len(reads)) + [2 * config.kv_heads * config.dim_head]
-        self.to_qkv = nn.Linear(config.dim, sum(self.widths), bias=False)  # [q ; a q for each read ; k ; v]
-        use_norm = is_recurrent or config.all_layers_qk_rmsnorm
-        self.heads_norm = ATTENTIONS[config.qk_norm if use_norm else "none"](config)
+        self.to_qkv = nn.Linear(config.dim, sum(self.widths), bias=config.qkv_bias)  # [q ; a q for each read ; k ; v]
+        self.heads_norm = ATTENTIONS[config.qk_norm_of_tokens(layer)](config)
         self.position_bias = POSITION_BIASES[config.positions](config) if config.positions in POSITION_BIASES else None
         self.read_norm = nn.ModuleList(ATTENTIONS[config.qk_norm](config) for _ in reads)
         self.to_out = nn.Linear(inner * (1 + len(reads)), config.dim, bias=False)
@@ -1014,8 +1021,9 @@ class TransformerBlock(nn.Module):
     @property
     def kinds(self) -> list[MemoryKind]:
         """The memories of complete blocks, the nearest first; each but the first takes in what leaves that."""
-        further = [] if self.compressor is None else [self.compressor]
-        return [self.xl, *further, *cast(list[MemoryKind], self.extra.values())]
+        extra = cast(list[MemoryKind], self.extra.values())
+        near, far = [kind for kind in extra if kind.is_near], [kind for kind in extra if not kind.is_near]
+        return [self.xl, *near, *far] if self.compressor is None else [self.xl, *near, self.compressor, *far]
 
     def empty_memory(self, batch: int, like: Tensor) -> LayerMemory:
         past = {kind.name: kind.empty(batch, like) for kind in self.kinds}
@@ -1264,11 +1272,13 @@ class BlockRecurrentTransformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(1, config.depth + 1))
         self.norm = make_norm(config)
         self.to_logits = None if config.tie_embeddings else nn.Linear(config.dim, config.num_tokens, bias=False)
+        self.logit_scale = config.logit_scale or (config.dim**-0.5 if config.tie_embeddings else 1.0)
         kinds = [self.layer(number).kinds for number in range(1, config.depth + 1)]
         self.rotary = None
-        if config.positions == "xpos":
+        if config.positions in ROTARIES:
             remembered = max(sum(kind.width for kind in layer) for layer in kinds)
-            self.rotary = XPos(config.dim_head, remembered, config.block_width)
+            make_rotary, scaling = ROTARIES[config.positions], config.rotary_scaling
+            self.rotary = make_rotary(config.dim_head, remembered, config.block_width, config.rotary_base, scaling)
             self.register_load_state_dict_post_hook(renew_tables)  # type: ignore[no-untyped-call]
         never_masked = config.empty_memory == "zeros"
         self.reach = 0 if never_masked else max(kind.blocks_until_full for layer in kinds for kind in layer)
@@ -1328,6 +1338,42 @@ class BlockRecurrentTransformer(nn.Module):
         """
         options, weights, sources = convert.from_meliad(params, window_length=window_length)
         return cls.from_weights(Config(**options), weights, "params", sources)
+
+    @classmethod
+    @typechecked
+    def from_llama(
+        cls, path_or_model: str | Path | nn.Module, *, block_width: int, num_xl_blocks: int, sink_tokens: int = 4,
+        recurrent_layers: Sequence[int] = (), dtype: torch.dtype | None = None, **options: Any,
+    ) -> BlockRecurrentTransformer:  # fmt: skip
+        """A pretrained Llama, Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3 or Phi-3 that reads a stream of any length.
+
+        Logits are the pretrained model's while no token has left the window of num_xl_blocks + 1 blocks, whatever is
+        added here: new parts begin so that nothing changes. In eval mode.
+
+        Args:
+            path_or_model: a folder as transformers writes it (config.json and safetensors), or its model in memory.
+            block_width, num_xl_blocks: a token sees the tokens before it in its block, and so many blocks before.
+            sink_tokens: first tokens of the stream that stay (`SinkMemory`); 0 for none.
+            recurrent_layers: layers that get a state.
+            dtype: of the weights; default that of the source.
+            options: further fields of `Config` that do not follow from the pretrained model.
+
+        Raises:
+            ValueError: what cannot be carried, by its name: other families, partial rotary positions, unknown scalings
+                of them, sliding windows narrower than this one, biases elsewhere than in q, k and v, other weights.
+        """
+        from .llama import from_llama
+
+        return from_llama(
+            cls, path_or_model, block_width=block_width, num_xl_blocks=num_xl_blocks, sink_tokens=sink_tokens,
+            recurrent_layers=recurrent_layers, dtype=dtype, **options,
+        )  # fmt: skip
+
+    def new_parameters(self) -> dict[str, nn.Parameter]:
+        """What a pretrained model did not have, by name, for an optimizer: `llama.new_parameters`."""
+        from .llama import new_parameters
+
+        return new_parameters(self)
 
     @classmethod
     def from_weights(
@@ -1401,9 +1447,8 @@ class BlockRecurrentTransformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., v)."""
-        if self.to_logits is None:
-            return F.linear(hidden * self.config.dim**-0.5, self.token_emb.weight)
-        out: Tensor = self.to_logits(hidden)
+        hidden = hidden if self.logit_scale == 1 else hidden * self.logit_scale
+        out: Tensor = F.linear(hidden, self.token_emb.weight) if self.to_logits is None else self.to_logits(hidden)
         return out
 
     def forward(
@@ -1591,9 +1636,10 @@ class BlockRecurrentTransformer(nn.Module):
         dtype = matmul_dtype(self.token_emb.weight)
         for number in range(1, self.config.depth + 1):
             kinds = self.layer(number).kinds
-            sizes = tuple((kind.width, kind.per_block, kind.delay) for kind in kinds)
+            rotary = None if number in self.config.unrotated_layers else self.rotary
+            sizes = (rotary is None, *((kind.width, kind.per_block, kind.delay) for kind in kinds))
             if sizes not in known:
-                known[sizes] = make_visibility(self.config, span, kinds, self.rotary, device, dtype)
+                known[sizes] = make_visibility(self.config, span, kinds, rotary, device, dtype)
             found.append(known[sizes])
         return found
 
@@ -1651,11 +1697,10 @@ class BlockRecurrentTransformer(nn.Module):
         if lengths is not None:
             behind = torch.arange(targets.shape[1], device=targets.device) >= lengths[:, None]
             targets = targets.masked_fill(behind, self.config.ignore_index)
-        tied = self.to_logits is None
+        used = (self.token_emb.weight,) if self.to_logits is None else tuple(self.to_logits.parameters())
         return cross_entropy(
-            self.logits if tied else cast(nn.Module, self.to_logits), hidden, targets, reduction=reduction,
-            weights=weights, ignore_index=self.config.ignore_index, num_tokens=self.config.num_tokens,
-            parameters=(self.token_emb.weight,) if tied else None,
+            self.logits, hidden, targets, reduction=reduction, weights=weights, parameters=used,
+            ignore_index=self.config.ignore_index, num_tokens=self.config.num_tokens,
         )  # fmt: skip
 
     def check(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args, ge
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
+from .rotary import check_scaling
+
 if TYPE_CHECKING:
     Count: TypeAlias = int
     Layers: TypeAlias = tuple[int, ...]
@@ -21,6 +23,11 @@ else:  # None may be given, and is replaced by what it stands for
 
 GATES: dict[str, Any] = {}  # gates of the recurrent cell, by the name that `Config.gate` gives
 MEMORIES: dict[str, Any] = {}  # kinds of memory, by the names in `Config.extra_memories`
+
+NEWER: dict[str, Any] = {  # options that came after the first fingerprints, which are without them at these values
+    "extra_memories": {}, "gate_options": {}, "qkv_bias": False, "rotary_base": 10000.0, "rotary_scaling": {},
+    "unrotated_layers": (), "norm_eps": None, "tokens_qk_norm": None, "logit_scale": None,
+}  # fmt: skip
 
 Class = TypeVar("Class", bound=type)
 
@@ -73,9 +80,10 @@ class Config:
     dim_head: int = 64
     heads: int = 8
     kv_heads: int = 1  # key/value heads, each shared by heads / kv_heads query heads
-    ff_mult: float = 4  # hidden size: dim * ff_mult, times 2/3 for geglu (which has three matrices instead of two)
+    ff_mult: float = 4  # hidden size: dim * ff_mult, times 2/3 with a gate (three matrices instead of two)
     ff_dim: Count = None  # type: ignore[assignment]  # the hidden size itself, instead of ff_mult
-    ff_activation: Literal["geglu", "relu"] = "geglu"
+    ff_activation: Literal["geglu", "swiglu", "relu"] = "geglu"
+    qkv_bias: bool = False  # of the tokens' queries (those of reads included), keys and values
     # the stream
     max_seq_len: int = 1024  # default segment of the training wrapper; no limit on calls
     block_width: int = 512
@@ -89,7 +97,11 @@ class Config:
     attention_window: Literal["blocks", "sliding"] = "blocks"
     # blocks: the memory and this block up to the token itself; sliding: exactly the block_width positions before it
     empty_memory: Literal["masked", "zeros"] = "masked"  # before the first block: not there, or zero keys and values
-    positions: Literal["xpos", "dynamic", "t5", "none"] = "xpos"
+    positions: Literal["xpos", "rotary", "dynamic", "t5", "none"] = "xpos"  # rotary: xpos without its decay
+    rotary_base: float = 10000.0  # channel pair i turns by base^(-2i/e) a position
+    rotary_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
+    # "rope_type" linear, llama3 or yarn, and its options, as in transformers' rope_parameters (rotary.py)
+    unrotated_layers: tuple[int, ...] = ()  # layers without rotary positions (NoPE)
     dynamic_log_distance: bool = True  # the MLP of dynamic positions sees log(1 + distance) instead of distance / width
     # the recurrence
     recurrent_layers: Layers = None  # type: ignore[assignment]  # None: (depth // 2,)
@@ -103,11 +115,16 @@ class Config:
     block_feedback: bool = False  # every layer without a state of its own reads the last recurrent layer's
     # normalisation
     norm: Literal["layer", "rms"] = "layer"
-    qk_norm: Literal["channel", "head", "none"] = "channel"  # unit queries and keys, times a gain per channel or head
+    norm_eps: float | None = None  # None: 1e-5 in layer norm, 1e-6 in RMS norm
+    qk_norm: Literal["channel", "rms", "head", "none"] = "channel"
+    # unit queries and keys times a gain per channel or head; rms: of length sqrt(dim_head) times a gain per channel
     all_layers_qk_rmsnorm: bool = False  # in all layers, or in recurrent layers only
+    tokens_qk_norm: Literal["channel", "rms", "head", "none"] | None = None
+    # that of the tokens among themselves, in all layers, where it is not to be that of the states
     qk_norm_scale: float = 8.0  # scale of the attention logits of qk_norm="channel"
     # output and training
-    tie_embeddings: bool = False  # logits = h E^T / sqrt(dim)
+    tie_embeddings: bool = False  # logits = h E^T * logit_scale
+    logit_scale: float | None = None  # None: 1 / sqrt(dim) with tied embeddings, else 1
     init: Literal["torch", "lecun"] = "torch"  # PyTorch's initial values, or those of the paper's authors
     attn_dropout: float = 0.0  # on the matrix of the tokens' self-attention
     ff_dropout: float = 0.0  # on the output of the feed-forward
@@ -120,9 +137,11 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("ff_mult", "qk_norm_scale"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+        for name in ("ff_mult", "qk_norm_scale", "rotary_base", "norm_eps", "logit_scale"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, not {value}")
+        check_scaling(self.rotary_scaling)
         self._derive()
         self._check_numbers()
         self._check_layers()
@@ -145,7 +164,7 @@ class Config:
         def given(value: Any) -> bool:
             return value is not None and not isinstance(value, DerivedCount | DerivedLayers)
 
-        hidden = self.dim * self.ff_mult * (2 / 3 if self.ff_activation == "geglu" else 1)
+        hidden = self.dim * self.ff_mult * (1 if self.ff_activation == "relu" else 2 / 3)
         writes = self.recurrent_layers if given(self.recurrent_layers) else (max(1, self.depth // 2),)
         for name, count in (("ff_dim", int(hidden)), ("num_state_vectors", self.block_width)):
             if not given(getattr(self, name)):
@@ -175,7 +194,10 @@ class Config:
 
     def _check_layers(self) -> None:
         extra = {f"extra_memories[{name!r}]['layers']": self.extra_layers(name) for name in self.extra_memories}
-        named = {name: getattr(self, name) for name in ("recurrent_layers", "read_recurrent_layers", "xl_layers")}
+        named = {
+            name: getattr(self, name)
+            for name in ("recurrent_layers", "read_recurrent_layers", "xl_layers", "unrotated_layers")
+        }
         for name, layers in (named | extra).items():
             if unknown := [layer for layer in layers if not 1 <= layer <= self.depth]:
                 raise ValueError(f"{name}={layers}: {unknown} not among the layers 1 to depth={self.depth}")
@@ -198,8 +220,10 @@ class Config:
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Options that cannot be combined."""
         full_memory = self.num_xl_blocks > 0 and self.xl_layers == tuple(range(1, self.depth + 1))
-        all_normalised = self.all_layers_qk_rmsnorm or len(self.recurrent_layers) == self.depth
+        all_normalised = all(self.qk_norm_of_tokens(layer) == "head" for layer in range(1, self.depth + 1))
+        scaled = bool(self.rotary_scaling) or self.rotary_base != type(self).rotary_base
         sliding, compressed = self.attention_window == "sliding", self.use_compressed_mem
+        is_rotated = self.positions in ("xpos", "rotary")
         further = "use_compressed_mem=True" if compressed else f"extra_memories={sorted(self.extra_memories)}"
         has_further = compressed or bool(self.extra_memories)
         return [
@@ -229,8 +253,18 @@ class Config:
              f"block_feedback=True decides who reads, read_recurrent_layers={self.read_recurrent_layers} was given"),
             (self.all_layers_qk_rmsnorm and self.qk_norm == "none",
              "all_layers_qk_rmsnorm=True needs a normalisation, qk_norm='none' was given"),
-            (self.positions == "xpos" and self.dim_head % 2 == 1,
-             f"positions='xpos' rotates pairs, dim_head={self.dim_head} is odd"),
+            (self.tokens_qk_norm is not None and self.all_layers_qk_rmsnorm,
+             f"tokens_qk_norm={self.tokens_qk_norm!r} is for all layers, all_layers_qk_rmsnorm=True was given"),
+            (self.tokens_qk_norm not in (None, self.qk_norm) and "head" in (self.tokens_qk_norm, self.qk_norm),
+             "tokens and states attend to the same stored keys, and 'head' stores them normalised: "
+             f"tokens_qk_norm={self.tokens_qk_norm!r} cannot be combined with qk_norm={self.qk_norm!r}"),
+            (is_rotated and self.dim_head % 2 == 1,
+             f"positions={self.positions!r} rotates pairs, dim_head={self.dim_head} is odd"),
+            (scaled and not is_rotated,
+             f"rotary_base={self.rotary_base} and rotary_scaling={self.rotary_scaling} need positions='rotary' or "
+             f"'xpos', not {self.positions!r}"),
+            (bool(self.unrotated_layers) and not is_rotated,
+             f"unrotated_layers={self.unrotated_layers} needs positions='rotary' or 'xpos', not {self.positions!r}"),
         ]  # fmt: skip
 
     @classmethod
@@ -250,8 +284,8 @@ class Config:
         """A short hash of everything that decides the shape and meaning of memories and states."""
         free = {"max_seq_len", "ignore_index", "use_flash_attn", "use_checkpointing", "init"}
         told = {k: v for k, v in asdict(self).items() if k not in free and not k.endswith("dropout")}
-        for name in ("extra_memories", "gate_options"):  # newer than the first fingerprints
-            if not told[name]:
+        for name, default in NEWER.items():
+            if told[name] == default:
                 del told[name]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -262,6 +296,12 @@ class Config:
             return (max(writes),)
         pairs = zip(self.read_recurrent_layers, writes)
         return tuple(sorted(write for read, write in pairs if read == layer))
+
+    def qk_norm_of_tokens(self, layer: int) -> str:
+        """The normalisation of queries and keys in the self-attention of the tokens of `layer`."""
+        if self.tokens_qk_norm is not None:
+            return self.tokens_qk_norm
+        return self.qk_norm if self.all_layers_qk_rmsnorm or layer in self.recurrent_layers else "none"
 
     def xl_width(self, layer: int) -> int:
         """Tokens of complete blocks that `layer` remembers."""
@@ -308,5 +348,8 @@ def _in_words(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if hint == Layers:
         return "a tuple of layer numbers, such as (3,)"
-    words = {int: "a whole number", Count: "a whole number", float: "a number", bool: "True or False", str: "a name"}
+    words: dict[Any, str] = {
+        int: "a whole number", Count: "a whole number", float: "a number", float | None: "a number or None",
+        bool: "True or False", str: "a name", tuple[int, ...]: "a tuple of layer numbers, such as (3,)",
+    }  # fmt: skip
     return words.get(hint, "a dictionary of options by name")

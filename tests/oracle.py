@@ -52,22 +52,49 @@ def t5_bucket(distance: int) -> int:
     return min(31, 16 + math.floor(16 * math.log(distance / 16) / math.log(8)))
 
 
-def rotated_dots(q: Tensor, keys: Tensor, distances: list[int]) -> Tensor:
+def frequencies(config: Config) -> tuple[Tensor, float]:
+    """What each channel pair turns by in a position, and what the logits grow by, channel by channel."""
+    e, base, scaling = config.dim_head, config.rotary_base, config.rotary_scaling
+    plain = 1 / base ** (torch.arange(0, e, 2, dtype=torch.float32) / e)
+    if not scaling:
+        return plain, 1.0
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return plain / factor, 1.0
+    trained, shares = scaling["original_max_position_embeddings"], []
+    for i, frequency in enumerate(plain.tolist()):
+        if scaling["rope_type"] == "llama3":
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            share = (trained * frequency / (2 * math.pi) - low) / (high - low)
+        else:
+            turns = [scaling.get(f"beta_{name}", usual) for name, usual in (("fast", 32), ("slow", 1))]
+            first, last = (e * math.log(trained / (2 * math.pi * turn)) / (2 * math.log(base)) for turn in turns)
+            first, last = max(math.floor(first), 0), min(math.ceil(last), e - 1)
+            share = 1 - (i - first) / (last - first if last != first else 0.001)
+        shares.append(min(1.0, max(0.0, share)))
+    kept = torch.tensor(shares)
+    grows = scaling["rope_type"] == "yarn"
+    usual = 1 + 0.1 * math.log(factor) if grows else 1.0
+    return (1 - kept) * plain / factor + kept * plain, scaling.get("attention_factor", usual) ** 2
+
+
+def rotated_dots(q: Tensor, keys: Tensor, distances: list[int], config: Config) -> Tensor:
     """The products of q (e,) and keys (j, e), all turned by their positions, of which only the distances are left.
 
-    Channels i and i + e/2 are one complex number, turned by 10000^(-2i/e) for each position; zeta_i^(distance / 512) is
+    Channels i and i + e/2 are one complex number, turned by base^(-2i/e) for each position; zeta_i^(distance / 512) is
     what the decay of the query and its inverse for the key leave, zeta_i = (2i + 0.4 e) / (1.4 e). These constants are
     defined as numbers of single precision.
     """
     e = len(q)
     twice_i = torch.arange(0, e, 2, dtype=torch.float32)
-    frequency = (1 / 10000 ** (twice_i / e)).to(q.dtype)
+    frequency, growth = frequencies(config)
     zeta = ((twice_i + 0.4 * e) / (1.4 * e)).to(q.dtype)
     distance = torch.tensor(distances, dtype=q.dtype)[:, None]
-    angle, decay = distance * frequency, zeta ** (distance / 512)
+    angle = distance * frequency.to(q.dtype)
+    decay = zeta ** (distance / 512) if config.positions == "xpos" else torch.ones_like(angle)
     (q_real, q_imag), (k_real, k_imag) = q.chunk(2), keys.chunk(2, dim=1)
     turned = (q_real * k_real + q_imag * k_imag) * angle.cos() - (q_imag * k_real - q_real * k_imag) * angle.sin()
-    return (decay * turned).sum(1)
+    return growth * (decay * turned).sum(1)
 
 
 class Oracle:
@@ -80,6 +107,7 @@ class Oracle:
     Attributes:
         xl: for each layer, the pairs of the last complete blocks, oldest first.
         compressed: for each layer, the compressed entries, oldest first.
+        sinks: for each layer, the first pairs that left its XL memory.
         block: for each layer, the pairs of the block being filled.
         state: for each recurrent layer, its state as of the start of the block, (s, d).
     """
@@ -94,6 +122,7 @@ class Oracle:
         if config.empty_memory == "zeros":
             self.xl = {layer: [(zero, zero)] * self.xl_width(layer) for layer in self.layers}
         self.compressed: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
+        self.sinks: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
         self.block: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
         self.state = {cell: parameters[f"layers.{cell - 1}.cell.initial"] for cell in self.cells}
         self.views = {cell: self.view(cell) for cell in self.cells}
@@ -102,6 +131,10 @@ class Oracle:
 
     def xl_width(self, layer: int) -> int:
         return self.config.num_xl_blocks * self.config.block_width if layer in self.config.xl_layers else 0
+
+    @property
+    def sink_layers(self) -> tuple[int, ...]:
+        return self.config.extra_layers("sinks") if "sinks" in self.config.extra_memories else ()
 
     def cells_read_at(self, layer: int) -> list[int]:
         """The recurrent layers whose states the tokens of a layer read, from the lowest up."""
@@ -113,6 +146,8 @@ class Oracle:
         )
 
     def qk_norm_of_tokens(self, layer: int) -> str:
+        if self.config.tokens_qk_norm is not None:
+            return self.config.tokens_qk_norm
         normalised = layer in self.cells or self.config.all_layers_qk_rmsnorm
         return self.config.qk_norm if normalised else "none"
 
@@ -128,15 +163,15 @@ class Oracle:
     def norm(self, name: str, x: Tensor) -> Tensor:
         if self.config.norm == "layer":
             x = x - x.mean()
-            return x / (x.square().mean() + 1e-5).sqrt() * self.parameters[f"{name}.weight"]
-        return x / (x.square().mean() + 1e-6).sqrt() * self.parameters[f"{name}.weight"]
+            return x / (x.square().mean() + (self.config.norm_eps or 1e-5)).sqrt() * self.parameters[f"{name}.weight"]
+        return x / (x.square().mean() + (self.config.norm_eps or 1e-6)).sqrt() * self.parameters[f"{name}.weight"]
 
     def hidden(self, name: str, x: Tensor) -> Tensor:
         y = self.linear(f"{name}.to_hidden", x)
         if self.config.ff_activation == "relu":
             return y * (y > 0)
         half = len(y) // 2
-        return y[:half] * gelu(y[half:])
+        return y[:half] * (silu if self.config.ff_activation == "swiglu" else gelu)(y[half:])
 
     def heads_of(self, projected: Tensor) -> Tensor:
         """(h e,) cut into heads (h, e)."""
@@ -148,9 +183,10 @@ class Oracle:
         k, v = both[: self.config.kv_heads], both[self.config.kv_heads :]
         return (self.unit(k, qk_norm) if qk_norm == "head" else k), v
 
-    @staticmethod
-    def unit(x: Tensor, qk_norm: str) -> Tensor:
-        """Unit vectors along the last axis."""
+    def unit(self, x: Tensor, qk_norm: str) -> Tensor:
+        """Unit vectors along the last axis, or (rms) those whose mean square is 1."""
+        if qk_norm == "rms":
+            return x / (x.square().mean(-1, keepdim=True) + (self.config.norm_eps or 1e-6)).sqrt()
         square = x.square().sum(-1, keepdim=True)
         return x / (square + 1e-6).sqrt() if qk_norm == "head" else x / square.sqrt().clamp(min=1e-12)
 
@@ -179,12 +215,13 @@ class Oracle:
     ) -> Tensor:
         """One head, q (e,) and keys (j, e): scale q.k + bias; where the head has a gain a, |a| (q.k + bias)."""
         config = self.config
-        if qk_norm == "channel":
+        if qk_norm in ("channel", "rms"):
             q = self.unit(q, qk_norm) * self.parameters[f"{norm}.q_scale"]
             keys = self.unit(keys, qk_norm) * self.parameters[f"{norm}.k_scale"]
         elif qk_norm == "head":
             q = self.unit(q, qk_norm)  # the keys are unit vectors already
-        dots = rotated_dots(q, keys, distances) if layer and config.positions == "xpos" else keys @ q
+        is_rotated = layer and layer not in config.unrotated_layers and config.positions in ("xpos", "rotary")
+        dots = rotated_dots(q, keys, distances, config) if is_rotated else keys @ q
         has_bias = layer and config.positions in ("t5", "dynamic")
         bias = self.position_bias(layer, head, distances) if has_bias else torch.zeros_like(dots)
         if qk_norm == "head":
@@ -219,7 +256,8 @@ class Oracle:
         if len(self.block[1]) == config.block_width:
             self.complete_block()
         x = self.norm("norm", x)
-        return embedding @ x / math.sqrt(config.dim) if config.tie_embeddings else self.linear("to_logits", x)
+        scale = config.logit_scale or (1 / math.sqrt(config.dim) if config.tie_embeddings else 1)
+        return scale * (embedding @ x if config.tie_embeddings else self.linear("to_logits", x))
 
     def token_through(self, layer: int, x: Tensor) -> Tensor:
         name, qk_norm = f"layers.{layer - 1}", self.qk_norm_of_tokens(layer)
@@ -242,9 +280,9 @@ class Oracle:
     def visible(self, layer: int, place: int) -> tuple[list[int], list[Pair]]:
         """The distances and pairs that the token at a place of the block sees, oldest first.
 
-        Compressed entries stand side by side in front of the XL memory, as if each were one token.
+        Sinks, and before them compressed entries, stand in front of the XL memory, as if each were one token.
         """
-        past = self.compressed[layer] + self.xl[layer]
+        past = self.compressed[layer] + self.sinks[layer] + self.xl[layer]
         at = {position - len(past): pair for position, pair in enumerate(past + self.block[layer])}
         seen = [(place - position, pair) for position, pair in at.items()]
         if self.config.attention_window == "sliding":
@@ -310,12 +348,12 @@ class Oracle:
 
     def remember(self, layer: int) -> None:
         width = self.xl_width(layer)
-        if width == 0:
-            return
         above = layer + 1 if self.config.enhanced_recurrence and layer < self.config.depth else layer
         pairs = self.xl[layer] + self.block[above]
-        leaving, self.xl[layer] = pairs[:-width], pairs[-width:]
-        if self.config.use_compressed_mem:
+        leaving, self.xl[layer] = pairs[: max(0, len(pairs) - width)], pairs[max(0, len(pairs) - width) :]
+        if leaving and not self.sinks[layer] and layer in self.sink_layers:
+            self.sinks[layer] = leaving[: self.config.extra_memories["sinks"]["tokens"]]
+        if self.config.use_compressed_mem and width:
             entries = self.compressed[layer] + self.compress(layer, leaving)
             self.compressed[layer] = entries[max(0, len(entries) - self.config.block_width // 2) :]
 
@@ -365,7 +403,7 @@ def remembered(oracle: Oracle) -> dict[str, Tensor]:
     """Everything that an oracle carries, by name."""
     found = {}
     for layer in oracle.layers:
-        for name in ("xl", "compressed", "block"):
+        for name in ("xl", "compressed", "sinks", "block"):
             if pairs := getattr(oracle, name)[layer]:
                 keys, values = stack(pairs)
                 found |= {f"layer {layer} {name} keys": keys, f"layer {layer} {name} values": values}
@@ -382,7 +420,11 @@ def carried(config: Config, memories: Memories, states: States, row: int = -1) -
     compressed = max(0, blocks - config.num_xl_blocks) * (config.block_width // config.compressed_mem_factor)
     found = {}
     for number, layer in enumerate(memories.layers, start=1):
-        for name, held in (("xl", blocks * config.block_width), ("compressed", compressed), ("block", place)):
+        has_sinks = blocks > config.xl_width(number) // config.block_width and "sinks" in layer.past
+        for name, held in (
+            ("xl", blocks * config.block_width), ("compressed", compressed), ("block", place),
+            ("sinks", config.block_width if has_sinks else 0),
+        ):  # fmt: skip
             for kind, buffer in zip(("keys", "values"), layer.block if name == "block" else layer.past.get(name, ())):
                 held = min(held, buffer.shape[2])
                 start = 0 if name == "block" else buffer.shape[2] - held

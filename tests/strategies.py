@@ -11,6 +11,14 @@ from torch import Tensor
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
 
 VOCABULARY = 11
+SCALINGS = (
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 12,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 2.0},
+)  # fmt: skip
 
 
 def examples(usual: int) -> int:
@@ -38,14 +46,20 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
         xl_layers, xl_blocks = None, max(1, xl_blocks)
     remembers = xl_blocks > 0 and xl_layers != ()
     compressed = remembers and width > 1 and not enhanced and choose("use_compressed_mem", False, True)
-    window = "blocks" if compressed or xl_blocks > 1 else choose("attention_window", "blocks", "sliding")
-    positions = choose("positions", "xpos", "dynamic", "t5", "none")
-    dim_head = choose("dim_head", 4, 2) if positions == "xpos" else choose("dim_head", 4, 3, 1)
+    sinks = 0 if enhanced else min(width, choose("sink_tokens", 0, 1, 2))
+    sink_layers = draw(some_layers)
+    sink_options = {"tokens": sinks, "layers": tuple(sink_layers)} if sink_layers else {"tokens": sinks}
+    window = "blocks" if compressed or sinks or xl_blocks > 1 else choose("attention_window", "blocks", "sliding")
+    positions = choose("positions", "xpos", "rotary", "dynamic", "t5", "none")
+    is_rotated = positions in ("xpos", "rotary")
+    dim_head = choose("dim_head", 4, 2) if is_rotated else choose("dim_head", 4, 3, 1)
     heads = choose("heads", 2, 1, 4)
     writes = forced.get("recurrent_layers", tuple(draw(some_layers)))
     feedback = bool(writes) and choose("block_feedback", False, True)
     reads = None if feedback else tuple(draw(st.integers(1, write)) for write in writes)
-    qk_norm = choose("qk_norm", "channel", "head", "none")
+    qk_norm = choose("qk_norm", "channel", "head", "rms", "none")
+    of_tokens = None if qk_norm == "head" else choose("tokens_qk_norm", None, "none", "rms", "channel")
+    unrotated = forced.get("unrotated_layers", tuple(draw(some_layers)))
     return {
         "num_tokens": VOCABULARY,
         "dim": choose("dim", 8, 5, 16),
@@ -54,7 +68,8 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
         "heads": heads,
         "kv_heads": draw(st.sampled_from([g for g in (1, 2, 4) if heads % g == 0])),
         "ff_dim": choose("ff_dim", 6, 3),
-        "ff_activation": choose("ff_activation", "geglu", "relu"),
+        "ff_activation": choose("ff_activation", "geglu", "swiglu", "relu"),
+        "qkv_bias": choose("qkv_bias", False, True),
         "max_seq_len": width,
         "block_width": width,
         "num_xl_blocks": xl_blocks,
@@ -63,8 +78,12 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
         "compressed_mem_factor": draw(st.integers(1, width)),
         "enhanced_recurrence": enhanced,
         "attention_window": window,
-        "empty_memory": "masked" if compressed else choose("empty_memory", "masked", "zeros"),
+        "extra_memories": {"sinks": sink_options} if sinks else {},
+        "empty_memory": "masked" if compressed or sinks else choose("empty_memory", "masked", "zeros"),
         "positions": positions,
+        "rotary_base": choose("rotary_base", 10000.0, 7.0) if is_rotated else 10000.0,
+        "rotary_scaling": choose("rotary_scaling", {}, *SCALINGS) if is_rotated else {},
+        "unrotated_layers": unrotated if is_rotated else (),
         "dynamic_log_distance": choose("dynamic_log_distance", True, False),
         "recurrent_layers": writes,
         "read_recurrent_layers": reads,
@@ -75,11 +94,15 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
         "state_reads_memory": choose("state_reads_memory", False, True),
         "block_feedback": feedback,
         "norm": choose("norm", "layer", "rms"),
+        "norm_eps": choose("norm_eps", None, 0.1),
         "qk_norm": qk_norm,
+        "tokens_qk_norm": of_tokens,
         "all_layers_qk_rmsnorm": qk_norm != "none"
+        and of_tokens is None
         and ((enhanced and qk_norm == "head") or choose("all_layers_qk_rmsnorm", False, True)),
         "qk_norm_scale": choose("qk_norm_scale", 8.0, 1.0),
         "tie_embeddings": choose("tie_embeddings", False, True),
+        "logit_scale": choose("logit_scale", None, 0.7),
         "use_flash_attn": choose("use_flash_attn", True, False),
     }
 

@@ -99,7 +99,7 @@ CONFIGS: list[tuple[dict[str, Any], tuple[object, ...]]] = [
     ({"dim": 8.0}, ("dim", 8.0)),
     ({"dim": "8"}, ("dim", "'8'")),
     ({"depth": None}, ("depth", None)),
-    ({"positions": "rotary"}, ("positions", "rotary")),
+    ({"positions": "rope"}, ("positions", "rope")),
     ({"gate": "gru"}, ("gate", "gru")),
     ({"recurrent_layers": 1}, ("recurrent_layers", 1)),
     ({"recurrent_layers": (1.0,)}, ("recurrent_layers", 1.0)),
@@ -135,6 +135,12 @@ CONFLICTS: list[tuple[dict[str, Any], tuple[object, ...]]] = [
     ),
     ({"all_layers_qk_rmsnorm": True, "qk_norm": "none"}, ("all_layers_qk_rmsnorm=True", "qk_norm='none'")),
     ({"positions": "xpos", "dim_head": 5}, ("positions='xpos'", "dim_head=5")),
+    ({"tokens_qk_norm": "rms", "all_layers_qk_rmsnorm": True}, ("tokens_qk_norm='rms'", "all_layers_qk_rmsnorm")),
+    ({"tokens_qk_norm": "none", "qk_norm": "head"}, ("tokens_qk_norm='none'", "qk_norm='head'")),
+    ({"tokens_qk_norm": "head"}, ("tokens_qk_norm='head'", "qk_norm='channel'")),
+    ({"rotary_base": 5.0, "positions": "t5"}, ("rotary_base=5.0", "'t5'")),
+    ({"rotary_scaling": {"rope_type": "linear", "factor": 2.0}, "positions": "none"}, ("rotary_scaling", "'none'")),
+    ({"unrotated_layers": (1,), "positions": "dynamic"}, ("unrotated_layers=(1,)", "'dynamic'")),
 ]
 
 

@@ -269,7 +269,7 @@ def test_replacing_an_option_derives_anew_what_followed_from_it() -> None:
         ({"dim": True}, "dim=True must be a whole number"),
         ({"gate": 3}, "gate=3 must be a name"),
         ({"gate": "gru"}, "gate 'gru' is not one of"),
-        ({"positions": "rope"}, "positions='rope' must be one of 'xpos', 'dynamic', 't5', 'none'"),
+        ({"positions": "rope"}, "positions='rope' must be one of 'xpos', 'rotary', 'dynamic', 't5', 'none'"),
         ({"use_flash_attn": 1}, "use_flash_attn=1 must be True or False"),
         ({"ff_mult": "4"}, "ff_mult='4' must be a number"),
     ],

@@ -109,6 +109,15 @@ def test_a_memory_of_ones_own_matters_and_is_forgotten() -> None:
     assert_same(model(new, xl_memories=gone, states=states)[0][:1], fresh, 1e-9)
 
 
+def test_memories_stand_in_their_order() -> None:
+    """Sinks directly in front of the XL memory, those of a user's own behind the compressed memory."""
+    extra = {"test_mean": {"entries": 3}, "sinks": {"tokens": 2}}
+    model = random_model(Config(**SIZES, use_compressed_mem=True, extra_memories=extra))
+    assert [kind.name for kind in model.layer(1).kinds] == ["xl", "sinks", "compressed", "test_mean"]
+    tokens = random_stream(2, 38)
+    assert_same(read_in_pieces(model, tokens, [3, 13, 1, 1, 1, 19])[0], model(tokens)[0], 1e-9)
+
+
 def test_memories_of_one_model_are_refused_by_another() -> None:
     model, plain = random_model(Config(**SIZES, **EXTRA)), random_model(Config(**SIZES))
     _, memories, _ = model(random_stream(1, 9))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, assert_all_same, assert_same, carried, gradients, read_in_pieces, remembered, t5_bucket
-from strategies import VOCABULARY, config_options, examples, random_model, random_stream, splits
+from strategies import SCALINGS, VOCABULARY, config_options, examples, random_model, random_stream, splits
 from torch import Tensor, nn
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, kernels, losses
@@ -30,6 +30,38 @@ CASES: dict[str, dict] = {
     "default sizes of the feed-forward and the state": {"ff_dim": None, "num_state_vectors": None},
     "ff_mult": {"ff_dim": None, "ff_mult": 1.5},
     "relu": {"ff_activation": "relu"},
+    "swiglu": {"ff_activation": "swiglu", "state_update": "dual"},
+    "bias of queries, keys and values": {"qkv_bias": True, "kv_heads": 2},
+    "norm_eps": {"norm_eps": 0.1},
+    "norm_eps of all RMS norms": {"norm_eps": 0.1, "norm": "rms", "qk_norm": "rms", "all_layers_qk_rmsnorm": True},
+    "logit_scale": {"logit_scale": 0.7},
+    "logit_scale, tied": {"logit_scale": 1.0, "tie_embeddings": True},
+    "rotary": {"positions": "rotary", "rotary_base": 7.0},
+    "rotary in some layers": {"positions": "rotary", "unrotated_layers": (2,)},
+    "rotary scaled linearly": {"positions": "rotary", "rotary_scaling": SCALINGS[0]},
+    "rotary scaled as in Llama 3": {"positions": "rotary", "rotary_scaling": SCALINGS[1], "dim_head": 8},
+    "rotary scaled by yarn": {"positions": "rotary", "rotary_scaling": SCALINGS[2], "dim_head": 8},
+    "rotary scaled by yarn with options": {
+        "positions": "rotary", "rotary_base": 7.0, "dim_head": 8, "rotary_scaling": SCALINGS[2] | {
+            "beta_fast": 1.0, "beta_slow": 0.25, "attention_factor": 1.3,
+        },
+    },
+    "xpos scaled": {"rotary_scaling": SCALINGS[2], "rotary_base": 50.0, "dim_head": 8},
+    "sinks": {"extra_memories": {"sinks": {"tokens": 2}}},
+    "sinks of some layers, two xl blocks, rotary": {
+        "extra_memories": {"sinks": {"tokens": 3, "layers": (1, 3)}}, "num_xl_blocks": 2, "positions": "rotary",
+        "recurrent_layers": (1, 3), "state_reads_memory": True,
+    },
+    "sinks without xl memory in some layers": {"extra_memories": {"sinks": {"tokens": 1}}, "xl_layers": (2,)},
+    "sinks in front of compressed": {
+        "extra_memories": {"sinks": {"tokens": 2}}, "use_compressed_mem": True, "block_width": 4, "max_seq_len": 4,
+        "compressed_mem_factor": 2, "positions": "t5",
+    },
+    "a pretrained model's": {
+        "positions": "rotary", "ff_activation": "swiglu", "norm": "rms", "norm_eps": 1e-5, "qkv_bias": True,
+        "tokens_qk_norm": "none", "tie_embeddings": True, "logit_scale": 1.0,
+        "extra_memories": {"sinks": {"tokens": 2}},
+    },
     "one head": {"heads": 1},
     "grouped key/value heads": {"heads": 4, "kv_heads": 2},
     "as many key/value heads as heads": {"heads": 2, "kv_heads": 2},
@@ -97,6 +129,10 @@ CASES: dict[str, dict] = {
     "qk norm in all layers": {"all_layers_qk_rmsnorm": True, "kv_heads": 2},
     "qk norm of a layer that only reads": {"recurrent_layers": (3,), "read_recurrent_layers": (2,), "qk_norm": "head"},
     "no qk norm": {"qk_norm": "none"},
+    "qk rms norm": {"qk_norm": "rms", "all_layers_qk_rmsnorm": True},
+    "qk norm of the states alone": {"tokens_qk_norm": "none"},
+    "qk norms of states and tokens": {"tokens_qk_norm": "rms", "qk_norm": "channel"},
+    "qk norm of the tokens alone": {"tokens_qk_norm": "channel", "qk_norm": "none"},
     "scale of the qk norm": {"qk_norm_scale": 2.5},
     "tied": {"tie_embeddings": True},
     "checkpointing": {"use_checkpointing": True},
@@ -110,7 +146,7 @@ CASES: dict[str, dict] = {
 
 def stream_of_case(case: str) -> Tensor:
     """Two rows of a few blocks; longer where memories fill slowly and where the logarithmic buckets of T5 begin."""
-    return random_stream(2, 26 if "compressed" in case or "far" in case else 13)
+    return random_stream(2, 26 if any(word in case for word in ("compressed", "far", "sinks", "pretrained")) else 13)
 
 
 def oracle_says(model: BlockRecurrentTransformer, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -179,6 +215,7 @@ CHANGES: dict[str, tuple[dict, object]] = {
     "ff_mult": ({"ff_dim": None}, 2),
     "ff_dim": ({}, 5),
     "ff_activation": ({}, "relu"),
+    "qkv_bias": ({}, True),
     "block_width": ({"max_seq_len": 6}, 6),
     "num_xl_blocks": ({}, 2),
     "xl_layers": ({}, (1, 2)),
@@ -188,6 +225,9 @@ CHANGES: dict[str, tuple[dict, object]] = {
     "attention_window": ({}, "sliding"),
     "empty_memory": ({}, "zeros"),
     "positions": ({}, "none"),
+    "rotary_base": ({}, 7.0),
+    "rotary_scaling": ({}, SCALINGS[0]),
+    "unrotated_layers": ({}, (1,)),
     "dynamic_log_distance": ({"positions": "dynamic"}, False),
     "recurrent_layers": ({}, (3,)),
     "read_recurrent_layers": ({}, (1,)),
@@ -198,15 +238,19 @@ CHANGES: dict[str, tuple[dict, object]] = {
     "state_reads_memory": ({}, True),
     "block_feedback": ({}, True),
     "norm": ({}, "rms"),
+    "norm_eps": ({}, 0.1),
     "qk_norm": ({}, "none"),
     "all_layers_qk_rmsnorm": ({}, True),
+    "tokens_qk_norm": ({}, "none"),
     "qk_norm_scale": ({}, 4.0),
     "tie_embeddings": ({}, True),
+    "logit_scale": ({}, 0.7),
+    "extra_memories": ({}, {"sinks": {"tokens": 2}}),
 }
 DROPOUTS = [field.name for field in fields(Config) if field.name.endswith("dropout")]
 SPEED = {"use_flash_attn": True, "use_checkpointing": True}
 ELSEWHERE = {  # not about what a model computes, or tested in test_extending.py
-    "num_tokens", "max_seq_len", "ignore_index", "init", "extra_memories", "gate_options", *DROPOUTS, *SPEED,
+    "num_tokens", "max_seq_len", "ignore_index", "init", "gate_options", *DROPOUTS, *SPEED,
 }  # fmt: skip
 
 
@@ -239,6 +283,14 @@ def test_option_changes_the_logits(option: str) -> None:
 VALUES = [
     ("positions", {}, "t5"),
     ("positions", {}, "dynamic"),
+    ("positions", {}, "rotary"),
+    ("rotary_scaling", {"positions": "rotary", "dim_head": 8}, SCALINGS[1]),
+    ("rotary_scaling", {"positions": "rotary"}, SCALINGS[2]),
+    ("ff_activation", {}, "swiglu"),
+    ("logit_scale", {"tie_embeddings": True}, 1.0),
+    ("tokens_qk_norm", {"qk_norm": "none"}, "channel"),
+    ("qk_norm", {}, "rms"),
+    ("extra_memories", {"num_xl_blocks": 2, "extra_memories": {"sinks": {"tokens": 2}}}, {"sinks": {"tokens": 3}}),
     ("qk_norm", {}, "head"),
     ("qk_norm", {"positions": "t5", "all_layers_qk_rmsnorm": True}, "head"),
     ("state_update", {}, "dual"),
@@ -264,7 +316,8 @@ def test_other_values_of_an_option_change_the_logits(option: str, both: dict, va
 # The same parameters exactly: what differs is only how they are used.
 SAME_SHAPES = [
     "num_xl_blocks", "xl_layers", "enhanced_recurrence", "attention_window", "empty_memory", "dynamic_log_distance",
-    "state_reads_memory", "norm", "qk_norm_scale", "block_width", "positions",
+    "state_reads_memory", "norm", "qk_norm_scale", "block_width", "positions", "rotary_base", "rotary_scaling",
+    "unrotated_layers", "norm_eps", "logit_scale", "extra_memories",
 ]  # fmt: skip
 
 

@@ -357,7 +357,9 @@ def test_one_token_attends_to_a_bounded_number_of_keys(options: dict) -> None:
         config = model.config
         width, state = config.block_width, config.num_state_vectors
         xl = [config.num_xl_blocks * width if layer in config.xl_layers else 0 for layer in range(1, config.depth + 1)]
-        bound = sum(x + width + (width // 2 if config.use_compressed_mem else 0) for x in xl) + reads_of(config) * state
+        further = sum(kind.width for layer in model.layers for kind in layer.extra.values())
+        own = sum(x + width + (width // 2 if config.use_compressed_mem else 0) for x in xl)
+        bound = own + further + reads_of(config) * state
         writes = sum(
             state + width + (xl[cell - 1] if config.state_reads_memory else 0) for cell in config.recurrent_layers
         )
@@ -421,7 +423,7 @@ SMALL = {
 def forget(oracle: Oracle) -> None:
     """No complete block is remembered any more."""
     oracle.xl = Oracle(oracle.config, oracle.parameters).xl
-    oracle.compressed = {layer: [] for layer in oracle.layers}
+    oracle.compressed, oracle.sinks = ({layer: [] for layer in oracle.layers} for _ in range(2))
 
 
 def start_state(oracle: Oracle) -> None:
