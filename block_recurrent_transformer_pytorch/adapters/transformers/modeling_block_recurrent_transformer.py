@@ -141,7 +141,7 @@ class BlockRecurrentPreTrainedModel(PreTrainedModel):
         if isinstance(module, core_module.XPos):
             module.reset_tables()
             module.tables._is_hf_initialized = True  # type: ignore[attr-defined]
-        elif isinstance(reset := getattr(module, "reset_parameters", None), object) and callable(reset):
+        elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
             if self.config.init == "lecun":
                 core_module.init_lecun(module)
