@@ -8,6 +8,7 @@ is the command line of lm_eval in which this model is known; versions of it that
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
@@ -33,7 +34,8 @@ class BlockRecurrentLM(TemplateLM):
     Args:
         path: the folder of a run of train.py, or one that `save_pretrained` wrote with a tokenizer.
         checkpoint: of a run, "best" or "last".
-        device: of the model.
+        device: of the model; default the CPU, which also stands in, with a warning, for a GPU that is not there: the
+            harness asks for cuda:0 of its own accord.
         segment: tokens that are read at once; default the model's max_seq_len. It changes nothing but memory and speed.
         batch_size: texts that are read side by side.
         max_gen_toks: length of generated texts, where a task does not say.
@@ -47,6 +49,9 @@ class BlockRecurrentLM(TemplateLM):
         batch_size: int | str = 16, max_gen_toks: int = 256, max_batch_size: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            warnings.warn(f"device={device!r} is not there, the model runs on the CPU", stacklevel=2)
+            device = "cpu"
         self.model: BlockRecurrentTransformer = pretrained.from_pretrained(
             path, checkpoint=checkpoint, device=device or "cpu"
         )

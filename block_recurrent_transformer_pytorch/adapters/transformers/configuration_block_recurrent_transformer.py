@@ -25,7 +25,7 @@ class BlockRecurrentConfig(PreTrainedConfig):
     """
 
     model_type = "block_recurrent_transformer"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "vocab_size": "num_tokens", "hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads",
         "num_key_value_heads": "kv_heads", "head_dim": "dim_head", "intermediate_size": "ff_dim",

@@ -25,12 +25,10 @@ class BlockRecurrentCache:
 
     is_compileable = False
     is_croppable = False
-    is_linear = (False,)  # `generate` is to cut off what was read from full ids
-    is_sliding = (False,)
-    layers = ()
 
     def __init__(self, memories: Memories | None = None, states: States | None = None, num_read: int = 0) -> None:
         self.memories, self.states, self.num_read = memories, states, num_read
+        self.is_linear, self.is_sliding, self.layers = [False], [False], []  # `generate` cuts what was read off full ids
 
     def __len__(self) -> int:
         return 1
@@ -191,7 +189,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel):
             cache: what an earlier call returned; it is moved on. `past_key_values` is its older name.
             use_cache: whether to return one; default config.use_cache in eval mode.
             output_hidden_states: the embeddings, and what each layer gives, the last one normalised. They lie on the
-                path of the gradient if the call reads whole blocks, or stays within one, without padding.
+                path of the gradient if the call stays within one block, without padding; copies of them do not.
             reset: (b,) bool, rows in which a new document begins.
 
         Raises:
