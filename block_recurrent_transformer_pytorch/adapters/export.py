@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .. import data, pretrained
@@ -32,8 +33,8 @@ tags: [block-recurrent-transformer]
 # {name}
 
 A Block-Recurrent Transformer (Hutchins et al. 2022): {parameters:,} parameters, {depth} layers of width {dim}, \
-{tokens} tokens, blocks of {width} tokens, states in layers {states}. It carries memories and states of fixed size from \
-call to call, so that a token costs the same however long the text is.
+{tokens} tokens, blocks of {width} tokens, states in layers {states}. It carries memories and states of fixed size \
+from call to call, so that a token costs the same however long the text is.
 
 ```python
 # pip install "block-recurrent-transformer-pytorch[transformers]"
@@ -72,8 +73,8 @@ def make_tokenizer(kept: data.Tokenizer, num_tokens: int) -> tuple[PreTrainedTok
         if num_tokens != 256:
             raise ValueError(f"a model of bytes has num_tokens=256, this one {num_tokens}")
         return byte_tokenizer(), [0, 0, 0]
-    from tokenizers import Tokenizer
-
+    if not isinstance(kept, data.FileTokenizer):
+        raise ValueError(f"a {type(kept).__name__} cannot be exported")
     theirs = Tokenizer.from_str(kept.content.decode())
     if kept.num_tokens != num_tokens:
         raise ValueError(f"the tokenizer has {kept.num_tokens} tokens, the model num_tokens={num_tokens}")

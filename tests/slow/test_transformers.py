@@ -20,6 +20,9 @@ transformers = pytest.importorskip("transformers", reason="needs the extra [tran
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, data  # noqa: E402
 from block_recurrent_transformer_pytorch.adapters import export as exporting  # noqa: E402
 from block_recurrent_transformer_pytorch.adapters import transformers as adapter  # noqa: E402
+from block_recurrent_transformer_pytorch.adapters.transformers import (  # noqa: E402
+    modeling_block_recurrent_transformer as modeling,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -114,7 +117,7 @@ def test_generate_goes_on_from_a_returned_cache(name: str) -> None:
     model, x = wrapped(), ids()
     whole = model.generate(x, max_new_tokens=12, do_sample=False)
     first = model.generate(x, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    cache = first.past_key_values if "past_key_values" in first else first.cache
+    cache = first[modeling.CACHE_NAME]
     kept = copy.deepcopy(cache)
     assert torch.equal(model.generate(first.sequences, max_new_tokens=7, do_sample=False, **{name: cache}), whole)
     beams = model.generate(first.sequences, max_new_tokens=7, num_beams=3, do_sample=False, **{name: kept})
@@ -125,7 +128,7 @@ def test_generate_goes_on_from_a_returned_cache(name: str) -> None:
 def test_a_call_goes_on_from_a_cache(name: str) -> None:
     model, x = wrapped(), ids()
     out = model(x[:, :6])
-    cache = out.get("cache") or out.get("past_key_values")
+    cache = out[modeling.CACHE_NAME]
     torch.testing.assert_close(model(x[:, 6:], **{name: cache}).logits, model(x).logits[:, 6:])
 
 
@@ -304,7 +307,7 @@ def test_trainer_carries_memories_as_a_loop_of_ones_own(tmp_path: Path) -> None:
         rows = [pieces[2 * step + row] for row in range(2)]
         x, y = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "shift_labels"))
         out = model(x, shift_labels=y, cache=cache, use_cache=True)
-        cache = (out.get("cache") or out.get("past_key_values")).detach()
+        cache = (out[modeling.CACHE_NAME]).detach()
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, States, detach, select_rows
 from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as core_module
+from block_recurrent_transformer_pytorch.checks import check_ids
 
 from .configuration_block_recurrent_transformer import BlockRecurrentConfig
 
@@ -28,7 +29,8 @@ class BlockRecurrentCache:
 
     def __init__(self, memories: Memories | None = None, states: States | None = None, num_read: int = 0) -> None:
         self.memories, self.states, self.num_read = memories, states, num_read
-        self.is_linear, self.is_sliding, self.layers = [False], [False], []  # `generate` cuts what was read off full ids
+        self.is_linear, self.is_sliding = [False], [False]  # `generate` cuts off full ids what was read
+        self.layers: list[Any] = []
 
     def __len__(self) -> int:
         return 1
@@ -72,8 +74,10 @@ class BlockRecurrentOutput(ModelOutput):
     """Of the base model: (b, n, d), what was carried on, and with `output_hidden_states` depth + 1 times (b, n, d)."""
 
     last_hidden_state: Tensor | None = None
-    cache: BlockRecurrentCache | None = None
-    past_key_values: BlockRecurrentCache | None = None  # its name before transformers 5.24, and set there alone
+    if CACHE_NAME == "cache":
+        cache: BlockRecurrentCache | None = None
+    else:  # its name before transformers 5.24
+        past_key_values: BlockRecurrentCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -83,8 +87,10 @@ class BlockRecurrentCausalOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache: BlockRecurrentCache | None = None
-    past_key_values: BlockRecurrentCache | None = None
+    if CACHE_NAME == "cache":
+        cache: BlockRecurrentCache | None = None
+    else:
+        past_key_values: BlockRecurrentCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -204,7 +210,8 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel):
         cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, BlockRecurrentCache):
             raise ValueError(f"cache must be a BlockRecurrentCache, not {type(cache).__name__}")
-        x = self.embedded(input_ids) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds if input_ids is None else self.embedded(input_ids)
+        assert x is not None
         padding = Padding.of(attention_mask, *x.shape[:2])
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden, memories, states, layers = self.encoded(x, padding, cache, reset, bool(wanted))
@@ -219,7 +226,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel):
     def embedded(self, ids: Tensor) -> Tensor:
         """(b, n) -> (b, n, d)."""
         core = self.transformer
-        ids = core_module.check_ids(ids, "input_ids", core.token_emb.weight.device, core.config.num_tokens)
+        ids = check_ids(ids, "input_ids", core.token_emb.weight.device, core.config.num_tokens)
         return core.embed(ids)
 
     def encoded(
@@ -298,6 +305,15 @@ class BlockRecurrentForCausalLM(BlockRecurrentPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE_NAME: out.get(CACHE_NAME)}
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        inputs.pop("tokenizer", None)  # of stop_strings
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
