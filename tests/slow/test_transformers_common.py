@@ -27,6 +27,7 @@ pytest.importorskip("parameterized", reason="needs the package parameterized")
 
 from block_recurrent_transformer_pytorch.adapters import transformers as adapter  # noqa: E402
 
+LAYERS = "wants layers of a class of transformers; test_transformers.py tests that gradients stay the same"
 MISSING = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
 
 
@@ -73,5 +74,14 @@ class TestBlockRecurrent(common.ModelTesterMixin, unittest.TestCase):  # type: i
     @unittest.skip("the mixin for generation is not in the source distribution: test_transformers.py tests generate")
     def test_generation_tester_mixin_inheritance(self) -> None: ...
 
-    @unittest.skip("wants layers of a class of transformers; test_transformers.py tests that gradients stay the same")
+    @unittest.skip(LAYERS)
     def test_gradient_checkpointing_enable_disable(self) -> None: ...
+
+    @unittest.skip(LAYERS)
+    def test_training_gradient_checkpointing(self) -> None: ...
+
+    @unittest.skip(LAYERS)
+    def test_training_gradient_checkpointing_use_reentrant_false(self) -> None: ...
+
+    @unittest.skip(LAYERS)
+    def test_training_gradient_checkpointing_use_reentrant_true(self) -> None: ...
