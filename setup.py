@@ -24,7 +24,12 @@ setup(
         "train": [*train, "matplotlib>=3.7", "tokenizers>=0.15"],
         "transformers": ["transformers>=5"],
         "test": [*train, "pytest>=8", "hypothesis>=6.100"],
+        "transformers": ["transformers>=5.23", "accelerate>=1.10"],
+        "lm-eval": ["lm_eval>=0.4.13"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
+    },
+    entry_points={
+        "lm_eval.models": ["block-recurrent = block_recurrent_transformer_pytorch.adapters.lm_eval:BlockRecurrentLM"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

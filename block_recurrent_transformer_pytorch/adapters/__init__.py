@@ -1,0 +1,6 @@
+"""The model in other libraries. Each adapter is an extra, and nothing outside this package imports any of them.
+
+    transformers   configuration, models and tokenizer for transformers; a Trainer that carries memories
+    export         turns a run, or what `save_pretrained` wrote, into a folder that transformers loads
+    lm_eval        the model in lm-evaluation-harness, and its command line
+"""
