@@ -95,8 +95,8 @@ class Config:
     recurrent_layers: Layers = None  # type: ignore[assignment]  # None: (depth // 2,)
     read_recurrent_layers: Layers = None  # type: ignore[assignment]  # where each state is read, at or below its layer; None: there
     num_state_vectors: Count = None  # type: ignore[assignment]  # None: block_width
-    state_update: Literal["skip", "dual", "single"] = "skip"
-    gate: str = "fixed"  # fixed, lstm, full, or a registered one
+    state_update: Literal["skip", "dual", "single", "token_gated"] = "skip"
+    gate: str = "fixed"  # fixed, lstm, full, hard, or a registered one
     gate_options: dict[str, Any] = field(default_factory=dict, hash=False)
     candidate_bias: bool = True  # b_z of the paper's z = W h + b_z
     state_reads_memory: bool = False  # states read the XL memory too, so that each token is read by two updates
@@ -109,6 +109,8 @@ class Config:
     # output and training
     tie_embeddings: bool = False  # logits = h E^T / sqrt(dim)
     init: Literal["torch", "lecun"] = "torch"  # PyTorch's initial values, or those of the paper's authors
+    matching_init: bool = False  # recurrent layers begin with one map for the keys of tokens and states and all queries
+    embedding_std: float = 1.0  # of the initial embeddings
     attn_dropout: float = 0.0  # on the matrix of the tokens' self-attention
     ff_dropout: float = 0.0  # on the output of the feed-forward
     emb_dropout: float = 0.0  # on the token embeddings
@@ -120,7 +122,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("ff_mult", "qk_norm_scale"):
+        for name in ("ff_mult", "qk_norm_scale", "embedding_std"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
         self._derive()
@@ -229,6 +231,11 @@ class Config:
              f"block_feedback=True decides who reads, read_recurrent_layers={self.read_recurrent_layers} was given"),
             (self.all_layers_qk_rmsnorm and self.qk_norm == "none",
              "all_layers_qk_rmsnorm=True needs a normalisation, qk_norm='none' was given"),
+            (self.state_update == "token_gated" and self.state_reads_memory,
+             "state_update='token_gated' writes each token once: it cannot be combined with state_reads_memory=True"),
+            (self.state_update == "token_gated" and self.enhanced_recurrence,
+             "state_update='token_gated' needs the token before each block as its own layer saw it: it cannot be "
+             "combined with enhanced_recurrence=True"),
             (self.positions == "xpos" and self.dim_head % 2 == 1,
              f"positions='xpos' rotates pairs, dim_head={self.dim_head} is odd"),
         ]  # fmt: skip
@@ -248,7 +255,8 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """A short hash of everything that decides the shape and meaning of memories and states."""
-        free = {"max_seq_len", "ignore_index", "use_flash_attn", "use_checkpointing", "init"}
+        free = {"max_seq_len", "ignore_index", "use_flash_attn", "use_checkpointing", "init", "matching_init",
+                "embedding_std"}
         told = {k: v for k, v in asdict(self).items() if k not in free and not k.endswith("dropout")}
         for name in ("extra_memories", "gate_options"):  # newer than the first fingerprints
             if not told[name]:
