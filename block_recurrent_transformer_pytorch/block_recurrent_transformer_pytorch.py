@@ -1002,7 +1002,7 @@ class RecurrentCell(nn.Module):
 
 def as_queries(to_kv: Tensor, kv_heads: int, heads: int) -> Tensor:
     """The map (2 g e, d) of keys and values -> one of queries (h e, d) in which each head asks with its keys' map."""
-    k = to_kv.chunk(2)[0].unflatten(0, (kv_heads, -1))
+    k = rearrange(to_kv.chunk(2)[0], "(g e) d -> g e d", g=kv_heads)
     return k.repeat_interleave(heads // kv_heads, dim=0).flatten(0, 1)
 
 
