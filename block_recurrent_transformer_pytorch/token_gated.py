@@ -44,7 +44,8 @@ def in_sequence(w: Tensor) -> Writes:
     """
     log_left = torch.log1p(-w.clamp(max=1 - torch.finfo(w.dtype).eps))
     from_here = log_left.flip(1).cumsum(1).flip(1)
-    return Writes(from_here[:, 0].exp(), w * (from_here - log_left).exp())
+    behind = torch.cat((from_here[:, 1:], torch.zeros_like(from_here[:, :1])), dim=1)
+    return Writes(from_here[:, 0].exp(), w * behind.exp())
 
 
 class TokenGatedCell(nn.Module):

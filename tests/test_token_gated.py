@@ -1,0 +1,211 @@
+"""Token-gated writes against a reading token by token, and what they promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_all_same, assert_same, gradients, read_in_pieces, softmax
+from torch import Tensor
+
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
+from block_recurrent_transformer_pytorch.token_gated import in_sequence
+
+WIDTH = 4
+BASE = {
+    "num_tokens": 17, "dim": 12, "depth": 2, "heads": 4, "kv_heads": 2, "dim_head": 6, "block_width": WIDTH,
+    "max_seq_len": WIDTH, "recurrent_layers": (2,), "num_state_vectors": 5, "state_update": "token_gated",
+    "gate": "hard",
+}  # fmt: skip
+
+
+def make_model(**options: object) -> BlockRecurrentTransformer:
+    """In float64, with some gates open and some closed."""
+    torch.manual_seed(0)
+    model = BlockRecurrentTransformer(**BASE | options).double().eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            if layer.cell is not None:
+                layer.cell.gate.to_write.weight.mul_(12)
+    return model
+
+
+def stream(rows: int, length: int) -> Tensor:
+    return torch.randint(BASE["num_tokens"], (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def written(model: BlockRecurrentTransformer, state: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """The state (s, d) after a block, token by token. keys, values: (g, e) of the token before it and of its own."""
+    cell, config = model.layers[1].cell, model.config
+    sources = [cell.norm(row) + one for row, one in zip(state, cell.ids)]
+    state_keys = [(cell.to_kv.weight @ source)[: config.kv_heads * config.dim_head] for source in sources]
+    for j in range(1, len(keys)):
+        features = torch.cat([keys[j].flatten(), keys[j - 1].flatten(), values[j].flatten(), values[j - 1].flatten()])
+        logit = cell.gate.to_write.weight[0] @ features + cell.gate.to_write.bias[0] - 1
+        opening = (0.5 + logit / 4).clamp(0, 1)
+        address = (cell.to_address.weight @ features[: len(features) // 2]).view(config.kv_heads, -1)
+        shares = torch.zeros(len(state), dtype=state.dtype)
+        for g, sought in enumerate(address):
+            own = torch.stack([k.view(config.kv_heads, -1)[g] for k in state_keys])
+            own, sought = own / own.norm(dim=1, keepdim=True), sought / sought.norm()
+            shares = shares + softmax(cell.scale * (own @ sought)) / config.kv_heads
+        value = cell.to_value.weight @ features + cell.to_value.bias
+        state = torch.stack([row + opening * a * (value - row) for row, a in zip(state, shares)])
+    return state
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": "none"}, {"qk_norm": "head"}, {"num_xl_blocks": 0}])
+def test_a_block_is_written_as_token_by_token(options: dict) -> None:
+    """Outputs and gradients. The stored keys and values of the block memory are what the reading begins from."""
+    model = make_model(**options)
+    tokens = stream(1, 3 * WIDTH)
+    pairs = []
+    state = model.layers[1].cell.initial
+    for block in range(3):
+        part = model(tokens[:, : (block + 1) * WIDTH])[1].layers[1].past["xl"] if model.config.num_xl_blocks else None
+        if part is None:  # nothing is remembered: what stands in the block just before it is complete, and the last one
+            part = inside(model, tokens[:, : (block + 1) * WIDTH])
+        pairs.append([x[0, :, -WIDTH:].unbind(1) for x in part])
+        before = [torch.zeros_like(x[0]) for x in pairs[-1]]
+        if block and model.config.num_xl_blocks:
+            before = [x[-1] for x in pairs[-2]]
+        state = written(model, state, *([first, *rest] for first, rest in zip(before, pairs[-1])))
+    fast = model(tokens)[2].layers[0][0]
+    assert_same(fast, state, 1e-10)
+    names = {"state": fast}, {"state": state}
+    assert_all_same(gradients(model, names[0]), gradients(model, names[1]), 1e-9)
+
+
+def inside(model: BlockRecurrentTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (1, g, w, e) that the second layer makes of the last block of tokens."""
+    caught: list[tuple[Tensor, Tensor]] = []
+    handle = model.layers[1].cell.register_forward_pre_hook(lambda _, given: caught.append(given[2]))
+    model(tokens)
+    handle.remove()
+    k, v = (x[:, -1, :, 1:] for x in caught[-1])
+    return k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_writes_in_sequence(dtype: torch.dtype) -> None:
+    """Those of one, and of none, are exact."""
+    w = torch.rand(2, 7, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    w[0, 3, 1], w[1, :, 2] = 1, 0
+    state, values = torch.randn(2, 5, 3, dtype=dtype), torch.randn(2, 7, 3, dtype=dtype)
+    expected = state
+    for j in range(7):
+        expected = expected + w[:, j, :, None] * (values[:, j, None] - expected)
+    keep, shares = in_sequence(w)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert_same(keep[..., None] * state + shares.transpose(1, 2) @ values, expected, tolerance)
+    assert (keep[1, 2] == 1).all() and not shares[1, :, 2].any()
+    assert ((keep >= 0) & (keep <= 1)).all()
+    assert (keep + shares.sum(1) - 1).abs().max() < 1e-6
+
+
+def test_in_sequence_has_finite_gradients_at_its_ends() -> None:
+    w = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.5]]], dtype=torch.float64, requires_grad=True)
+    keep, shares = in_sequence(w)
+    (keep.sum() + shares.square().sum()).backward()
+    assert torch.isfinite(w.grad).all()
+
+
+@pytest.mark.parametrize("cuts", [[1] * 22, [3, 1, 8, 10], [22]])
+@pytest.mark.parametrize("options", [{}, {"recurrent_layers": (1, 2)}, {"num_xl_blocks": 0}, {"num_xl_blocks": 2}])
+def test_any_split_gives_the_same(cuts: list[int], options: dict) -> None:
+    model, tokens = make_model(**options), stream(2, 22)
+    whole, _, states = model(tokens)
+    parts, _, after = read_in_pieces(model, tokens, cuts)
+    assert_same(parts, whole, 1e-10)
+    for one, other in zip(after.layers, states.layers):
+        assert_same(one, other, 1e-10)
+
+
+def test_rows_of_different_lengths_and_resets_are_rows_alone() -> None:
+    model, tokens = make_model(), stream(3, 3 * WIDTH)
+    lengths = torch.tensor([5, 12, 3])
+    _, memories, states = model(tokens, lengths=lengths)
+    more, reset = stream(3, 7), torch.tensor([False, True, False])
+    out, _, after = model(more, xl_memories=memories, states=states, reset=reset)
+    for row in range(3):
+        past = tokens[row : row + 1, : lengths[row]] if not reset[row] else tokens[:1, :0]
+        expected, _, alone = model(torch.cat((past, more[row : row + 1]), dim=1))
+        assert_same(out[row], expected[0, -7:], 1e-10)
+        assert_same(after.layers[0][row], alone.layers[0][0], 1e-10)
+
+
+def test_a_closed_gate_keeps_the_state_exactly() -> None:
+    """However much is read; in single precision."""
+    model = make_model().float()
+    with torch.no_grad():
+        _, memories, states = model(stream(2, 5 * WIDTH))
+        model.layers[1].cell.gate.to_write.bias.fill_(-1e4)
+        after = model(stream(2, 100 * WIDTH), xl_memories=memories, states=states)[2]
+    assert torch.equal(after.layers[0], states.layers[0])
+
+
+def test_noise_moves_gates_in_training_alone() -> None:
+    model, tokens = make_model(), stream(2, 3 * WIDTH)
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+    model.train()
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    model = make_model(gate_options={"noise": 0.0}).train()
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+def test_matching_initial_values_find_what_was_written() -> None:
+    """A token that wrote by its key is found by the same key: its state has the greatest share of the read."""
+    torch.manual_seed(0)
+    sizes = {"dim": 48, "heads": 2, "kv_heads": 1, "dim_head": 24}
+    model = BlockRecurrentTransformer(**BASE | sizes | {"matching_init": True}).double().eval()
+    tokens, cell = torch.tensor([[3, 11, 7, 0]]), model.layers[1].cell
+    with torch.no_grad():
+        cell.initial.zero_()
+        cell.gate.to_write.weight.zero_()
+        cell.gate.to_write.bias.fill_(3.0)  # all gates are open: the last token is written behind all others
+        state = model(tokens)[2].layers[0]
+        k, _ = inside(model, tokens)
+        likeness = F.normalize(cell.norm(state) @ cell.to_kv.weight[:24].t(), dim=-1) @ F.normalize(k[0, 0, -1], dim=-1)
+        address = F.normalize(cell.project(cell.initial[None].double()).k[0, 0], dim=-1)
+        wrote = (address @ F.normalize(k[0, 0, -1] + k[0, 0, -2], dim=-1)).argmax()
+    assert likeness.argmax() == wrote and likeness[0, wrote] > 0.5
+
+
+def test_the_ordinary_cell_can_begin_with_matching_values() -> None:
+    model = BlockRecurrentTransformer(**BASE | {"state_update": "skip", "matching_init": True})
+    cell = model.layers[1].cell
+    k = cell.to_kv.weight[:12].view(2, 6, 12)
+    assert torch.equal(cell.to_q.weight.view(2, 4, 6, 12), k.repeat_interleave(2, dim=0).expand(2, 4, 6, 12))
+
+
+def test_hard_gates_of_the_ordinary_cell() -> None:
+    """One for each channel or for each state; both close and open exactly."""
+    for per, size in (("channel", 12), ("state", 1)):
+        model = BlockRecurrentTransformer(**BASE | {"state_update": "skip", "gate_options": {"per": per, "noise": 0.0}})
+        gate = model.double().layers[1].cell.update.gate
+        source = torch.linspace(-9, 9, 5, dtype=torch.float64)[:, None] * gate.to_write.weight[0]
+        keep, write = gate(source, torch.zeros(5, 12, dtype=torch.float64))
+        assert write.shape == (5, size)
+        logit = source @ gate.to_write.weight[0] + gate.to_write.bias[0] - 1
+        assert_same(write[:, 0], (0.5 + logit / 4).clamp(0, 1), 1e-12)
+        assert torch.equal(keep, 1 - write)
+        assert write[0, 0] == 0 and write[-1, 0] == 1
+
+
+def test_every_parameter_learns_in_one_step() -> None:
+    torch.manual_seed(0)
+    model = BlockRecurrentTransformer(**BASE)
+    model(stream(2, 3 * WIDTH), return_loss=True)[0].backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"gate_options": {"noise": -0.5}}, "noise must be at least 0, not -0.5"),
+    ({"gate_options": {"per": "head"}}, "per must be 'channel' or 'state', not 'head'"),
+    ({"state_reads_memory": True}, "state_update='token_gated'.*state_reads_memory=True"),
+    ({"enhanced_recurrence": True}, "state_update='token_gated'.*enhanced_recurrence=True"),
+    ({"embedding_std": 0.0}, "embedding_std must be a positive number, not 0.0"),
+])  # fmt: skip
+def test_wrong_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BlockRecurrentTransformer(Config(**BASE | options))
