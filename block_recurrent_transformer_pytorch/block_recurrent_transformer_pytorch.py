@@ -1009,10 +1009,10 @@ def as_queries(to_kv: Tensor, kv_heads: int, heads: int) -> Tensor:
 def make_cell(config: Config) -> RecurrentCell | TokenGatedCell:
     if config.state_update != "token_gated":
         return RecurrentCell(config)
-    source = 4 * config.kv_heads * config.dim_head
+    source = 2 * config.write_span * config.kv_heads * config.dim_head
     return TokenGatedCell(
         dim=config.dim, num_states=config.num_state_vectors, kv_heads=config.kv_heads, dim_head=config.dim_head,
-        norm=make_norm(config), gate=make_gate(config, source, dim=1),
+        span=config.write_span, norm=make_norm(config), gate=make_gate(config, source, dim=1),
         stored_key=None if config.qk_norm == "none" else unit,
     )  # fmt: skip
 
@@ -1198,7 +1198,8 @@ class TransformerBlock(nn.Module):
         if self.state_reads_memory:
             for_states = KV(*map(cat_keys, self.held_in_xl(seen[0], span), blocks))
         elif isinstance(self.cell, TokenGatedCell):
-            for_states = KV(*map(cat_keys, self.token_before(seen[0], blocks, span), blocks))
+            before = self.tokens_before(self.cell.span - 1, seen[0], span)
+            for_states = KV(*map(cat_keys, before, blocks))
         left = KV(*(zeros(x, *x.shape) for x in memory.block))
         if isinstance(span.completes, Tensor):
             left = choose_rows(span.completes, left, block)
@@ -1247,14 +1248,15 @@ class TransformerBlock(nn.Module):
         absent = 0 if span.extra_blocks is not None else self.xl.width - self.xl.held(span.full_blocks)
         return KV(*(x[..., absent:, :] for x in seen))
 
-    def token_before(self, seen: KV, blocks: KV, span: Span) -> KV:
-        """The token (b, t, g, 1, e) before each block, zeros where a row's XL memory holds none."""
-        if self.xl.width == 0 or (span.full_blocks == 0 and span.extra_blocks is None):
-            return KV(*(torch.zeros_like(x[..., :1, :]) for x in blocks))
-        before = KV(*(x[..., -1:, :] for x in seen))
-        if span.extra_blocks is None or span.full_blocks:
-            return before
-        return KV(*(x.masked_fill(per_row(span.extra_blocks == 0, x), 0) for x in before))
+    def tokens_before(self, count: int, seen: KV, span: Span) -> KV:
+        """The last tokens before each block, (b, t, g, count, e); zeros for those that the XL memory does not hold."""
+        before = [x[..., -count:, :] if count else x[..., :0, :] for x in self.held_in_xl(seen, span)]
+        if span.extra_blocks is not None:
+            held = self.xl.held_by_rows(span.full_blocks + span.extra_blocks)
+            age = torch.arange(before[0].shape[-2], 0, -1, device=held.device)
+            absent = (age > held[:, None])[:, None, None, :, None]
+            before = [x.masked_fill(absent, 0) for x in before]
+        return KV(*(F.pad(x, (0, 0, count - x.shape[-2], 0)) for x in before))
 
     def absent_to_states(self, span: Span) -> Tensor | None:
         """Which of what states attend to each row holds, (b, 1, 1, j) bool; None: all of it."""

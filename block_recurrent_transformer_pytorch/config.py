@@ -98,6 +98,7 @@ class Config:
     state_update: Literal["skip", "dual", "single", "token_gated"] = "skip"
     gate: str = "fixed"  # fixed, lstm, full, hard, or a registered one
     gate_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    write_span: int = 4  # token_gated: a token's write is decided from so many tokens, its own and those before it
     candidate_bias: bool = True  # b_z of the paper's z = W h + b_z
     state_reads_memory: bool = False  # states read the XL memory too, so that each token is read by two updates
     block_feedback: bool = False  # every layer without a state of its own reads the last recurrent layer's
@@ -162,7 +163,7 @@ class Config:
 
     def _check_numbers(self) -> None:
         for name in ("num_tokens", "dim", "depth", "dim_head", "heads", "kv_heads", "ff_dim", "max_seq_len",
-                     "block_width", "num_state_vectors", "compressed_mem_factor"):  # fmt: skip
+                     "block_width", "num_state_vectors", "compressed_mem_factor", "write_span"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_xl_blocks < 0:
@@ -261,6 +262,8 @@ class Config:
         for name in ("extra_memories", "gate_options"):  # newer than the first fingerprints
             if not told[name]:
                 del told[name]
+        if self.state_update != "token_gated":
+            del told["write_span"]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def reads(self, layer: int) -> tuple[int, ...]:

@@ -3,15 +3,18 @@
 In the paper each state decides for itself, from a mixture of all that it attended to, how much of it changes. Such a
 state forgets a little with every block. Here each token decides whether it is written at all, and to which states:
 
-    f_j = [k_j ; k_(j-1) ; v_j ; v_(j-1)]              what the block memory holds of token j and of the one before
+    x_j = [k_j ; k_(j-1) ; ... ; k_(j-c+1)]            what the layer remembers of token j and of the c - 1 before it
+    f_j = [x_j ; v_j ; v_(j-1) ; ... ; v_(j-c+1)]
     w_j = gate(f_j), one number from 0 to 1            a hard gate makes it 0, exactly, for almost every token
-    a_j = softmax_s(scale unit(A [k_j ; k_(j-1)]) . unit(Ks))       the states whose keys are those of the token
+    a_j = softmax_s(scale unit(A x_j) . unit(Ks))      the states whose keys are like the address; a mean over key heads
     S_s <- S_s + w_j a_js (W f_j + b - S_s)            erase and add, for one token of the block after another
 
 The keys Ks are those of the states as of the start of the block, so a block is written with a few products (`Writes`).
-The token before is there so that a fact that came as "key value" can be found by its key. These writes are an addition
-to Hutchins et al. 2022: erasing and adding at addresses found by content are those of Graves et al. 2014
-(arXiv 1410.5401), gates that saturate those of hard concrete variables (Louizos et al. 2017, arXiv 1712.01312).
+With the token before, a fact that comes as "key value" is stored under its key; with more of them, a gate tells a fact
+from words that look like one. c = 4 is the usual width of short convolutions beside recurrences.
+
+These writes are an addition to Hutchins et al. 2022. Erasing and adding at addresses found by content are those of
+Graves et al. 2014 (arXiv 1410.5401), gates that saturate those of Louizos et al. 2017 (arXiv 1712.01312).
 """
 
 from __future__ import annotations
@@ -55,28 +58,29 @@ class TokenGatedCell(nn.Module):
         dim: of a state.
         num_states: how many.
         kv_heads: heads of the tokens' keys and values, each `dim_head` wide; those of the states are as many.
+        span: how many tokens a write is decided from, c.
         norm: of the states, before they are projected: (b, s, d) -> (b, s, d).
-        gate: (b, t, j, 4 kv_heads dim_head) and a state -> shares, of which `write` (b, t, j, 1) is taken.
+        gate: (b, t, j, 2 c g e) and a state -> shares, of which `write` (b, t, j, 1) is taken.
         stored_key: keys (b, g, s, e) of states as their readers take them; None: as they are.
     """
 
     _no_weight_decay = ("initial", "ids", "scale")
 
     def __init__(
-        self, *, dim: int, num_states: int, kv_heads: int, dim_head: int, norm: nn.Module, gate: nn.Module,
-        stored_key: Callable[[Tensor], Tensor] | None = None,
+        self, *, dim: int, num_states: int, kv_heads: int, dim_head: int, span: int, norm: nn.Module,
+        gate: nn.Module, stored_key: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         inner = kv_heads * dim_head
-        self.kv_heads, self.dim_head, self.stored_key = kv_heads, dim_head, stored_key
+        self.kv_heads, self.dim_head, self.span, self.stored_key = kv_heads, dim_head, span, stored_key
         self.initial = nn.Parameter(torch.empty(num_states, dim))
         self.ids = nn.Parameter(torch.empty(num_states, dim))
         self.norm = norm
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
-        self.to_address = nn.Linear(2 * inner, inner, bias=False)
+        self.to_address = nn.Linear(span * inner, inner, bias=False)
         self.scale = nn.Parameter(torch.empty(()))
         self.gate = gate
-        self.to_value = nn.Linear(4 * inner, dim)
+        self.to_value = nn.Linear(2 * span * inner, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,16 +92,18 @@ class TokenGatedCell(nn.Module):
     def match(self, to_kv: Tensor) -> None:
         """Initial values with which a token finds what it wrote: one map makes the keys of tokens and of states.
 
-        An address is then the sum of the keys of the token and of the one before, a value the sum of what their keys
-        and values were made from.
+        An address is then the sum of the keys of the token and of the one before, a value the sum of what these two
+        were made from: either may be the key of a fact, and either its value.
 
         Args:
             to_kv: that map, (2 g e, d), keys first; its rows (or columns, if there are more rows) are orthonormal.
         """
         k, v = to_kv.chunk(2)
         self.to_kv.weight.copy_(to_kv)
-        self.to_address.weight.copy_(torch.eye(len(k)).repeat(1, 2))
-        self.to_value.weight.copy_(torch.cat((k, k, v, v)).t())
+        near = torch.zeros(self.span, 1)
+        near[:2] = 1
+        self.to_address.weight.copy_(torch.kron(near.t(), torch.eye(len(k))))
+        self.to_value.weight.copy_(torch.cat((torch.kron(near, k), torch.kron(near, v))).t())
         nn.init.zeros_(self.to_value.bias)
 
     def initial_state(self) -> Tensor:
@@ -111,9 +117,10 @@ class TokenGatedCell(nn.Module):
         return KV(k if self.stored_key is None else self.stored_key(k), v)
 
     def features(self, tokens: KV) -> tuple[Tensor, Tensor]:
-        """Tokens (b, t, g, 1 + j, e) -> keys of each and the one before (b, t, j, 2 g e), and these with values."""
+        """Tokens (b, t, g, c - 1 + j, e) -> x (b, t, j, c g e), keys alone, and f (b, t, j, 2 c g e), with values."""
         k, v = (x.transpose(2, 3).flatten(3) for x in tokens)
-        k, v = (torch.cat((x[:, :, 1:], x[:, :, :-1]), dim=-1) for x in (k, v))
+        last = k.shape[2] - self.span + 1
+        k, v = (torch.cat([x[:, :, i : i + last] for i in reversed(range(self.span))], dim=-1) for x in (k, v))
         return k, torch.cat((k, v), dim=-1)
 
     def write(self, state: Tensor, state_k: Tensor, w: Tensor, q: Tensor, values: Tensor) -> Tensor:
@@ -128,8 +135,8 @@ class TokenGatedCell(nn.Module):
 
         Args:
             state: (b, s, d), as of the start of the first block, and `kv`, its keys and values.
-            tokens: stored keys and values (b, t, g, 1 + j, e): the token before each block, zeros where there is none,
-                and those of the block.
+            tokens: stored keys and values (b, t, g, c - 1 + j, e) of the tokens of each block and of those before it,
+                zeros where there are none.
             mask: None; states do not read the memory here.
             mode: of the call.
 

@@ -86,12 +86,12 @@ EXPERIMENTS = {
         "32 facts, 16 of them overwritten", Facts(facts=32, overwritten=16, keys=64), 64, Recipe(1200), LONG, 112
     ),
     "one-fact-in-text": Experiment(
-        "One fact in source code, unseen files", Facts(filler="text"), 8, Recipe(600), MILLION, 112,
+        "One fact in source code, unseen files", Facts(filler="text"), 8, Recipe(600, penalty=1.0), MILLION, 112,
         ("none", "reset", "soft", "skip-hard", "skip-hard-channel"),
     ),
     "8-facts-in-text": Experiment(
         "8 facts, 4 of them overwritten, in source code", Facts(facts=8, overwritten=4, keys=16, filler="text"), 32,
-        Recipe(1500), LONG, 112, ("skip-hard", "soft"),
+        Recipe(1500, penalty=1.0), LONG, 112, ("skip-hard", "soft"),
     ),
 } | {
     f"capacity-{facts}-in-{states}": Experiment(
