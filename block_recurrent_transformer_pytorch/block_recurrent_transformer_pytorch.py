@@ -1013,7 +1013,7 @@ def make_cell(config: Config) -> RecurrentCell | TokenGatedCell:
     return TokenGatedCell(
         dim=config.dim, num_states=config.num_state_vectors, kv_heads=config.kv_heads, dim_head=config.dim_head,
         span=config.write_span, norm=make_norm(config), gate=make_gate(config, source, dim=1),
-        stored_key=None if config.qk_norm == "none" else unit,
+        stored_key=ATTENTIONS[config.qk_norm](config).stored_state,
     )  # fmt: skip
 
 

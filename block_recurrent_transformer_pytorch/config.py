@@ -232,6 +232,8 @@ class Config:
              f"block_feedback=True decides who reads, read_recurrent_layers={self.read_recurrent_layers} was given"),
             (self.all_layers_qk_rmsnorm and self.qk_norm == "none",
              "all_layers_qk_rmsnorm=True needs a normalisation, qk_norm='none' was given"),
+            (self.state_update == "token_gated" and self.gate == "fixed",
+             "state_update='token_gated' needs a gate that depends on the token, gate='hard' say; gate='fixed' does not"),
             (self.state_update == "token_gated" and self.state_reads_memory,
              "state_update='token_gated' writes each token once: it cannot be combined with state_reads_memory=True"),
             (self.state_update == "token_gated" and self.enhanced_recurrence,

@@ -61,14 +61,14 @@ class TokenGatedCell(nn.Module):
         span: how many tokens a write is decided from, c.
         norm: of the states, before they are projected: (b, s, d) -> (b, s, d).
         gate: (b, t, j, 2 c g e) and a state -> shares, of which `write` (b, t, j, 1) is taken.
-        stored_key: keys (b, g, s, e) of states as their readers take them; None: as they are.
+        stored_key: keys (b, g, s, e) of states -> the same as their readers take them.
     """
 
     _no_weight_decay = ("initial", "ids", "scale")
 
     def __init__(
         self, *, dim: int, num_states: int, kv_heads: int, dim_head: int, span: int, norm: nn.Module,
-        gate: nn.Module, stored_key: Callable[[Tensor], Tensor] | None = None,
+        gate: nn.Module, stored_key: Callable[[Tensor], Tensor],
     ) -> None:  # fmt: skip
         super().__init__()
         inner = kv_heads * dim_head
@@ -114,7 +114,7 @@ class TokenGatedCell(nn.Module):
         """State (b, s, d) -> its keys and values (b, g, s, e), from norm(S) + ids."""
         projected = self.to_kv(self.norm(state.to(self.ids.dtype)) + self.ids)
         k, v = projected.unflatten(-1, (2 * self.kv_heads, self.dim_head)).transpose(1, 2).chunk(2, dim=1)
-        return KV(k if self.stored_key is None else self.stored_key(k), v)
+        return KV(self.stored_key(k), v)
 
     def features(self, tokens: KV) -> tuple[Tensor, Tensor]:
         """Tokens (b, t, g, c - 1 + j, e) -> x (b, t, j, c g e), keys alone, and f (b, t, j, 2 c g e), with values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_all_same, assert_same, gradients, read_in_pieces, softmax
+from oracle import Oracle, assert_all_same, assert_same, carried, gradients, read_in_pieces, remembered
 from torch import Tensor
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
@@ -25,8 +25,9 @@ def make_model(**options: object) -> BlockRecurrentTransformer:
     model = BlockRecurrentTransformer(**BASE | options).double().eval()
     with torch.no_grad():
         for layer in model.layers:
-            if layer.cell is not None:
-                layer.cell.gate.to_write.weight.mul_(12)
+            for name, parameter in layer.named_parameters():
+                if name.endswith("to_write.weight"):
+                    parameter.mul_(12)
     return model
 
 
@@ -34,46 +35,23 @@ def stream(rows: int, length: int) -> Tensor:
     return torch.randint(BASE["num_tokens"], (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def written(model: BlockRecurrentTransformer, state: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """The state (s, d) after a block, token by token. keys, values: (g, e) of the 3 tokens before it and of its own."""
-    cell, config = model.layers[1].cell, model.config
-    sources = [cell.norm(row) + one for row, one in zip(state, cell.ids)]
-    state_keys = [(cell.to_kv.weight @ source)[: config.kv_heads * config.dim_head] for source in sources]
-    for j in range(3, len(keys)):
-        features = torch.cat([x[i].flatten() for x in (keys, values) for i in (j, j - 1, j - 2, j - 3)])
-        logit = cell.gate.to_write.weight[0] @ features + cell.gate.to_write.bias[0] - 1
-        opening = (0.5 + logit / 4).clamp(0, 1)
-        address = (cell.to_address.weight @ features[: len(features) // 2]).view(config.kv_heads, -1)
-        shares = torch.zeros(len(state), dtype=state.dtype)
-        for g, sought in enumerate(address):
-            own = torch.stack([k.view(config.kv_heads, -1)[g] for k in state_keys])
-            own, sought = own / own.norm(dim=1, keepdim=True), sought / sought.norm()
-            shares = shares + softmax(cell.scale * (own @ sought)) / config.kv_heads
-        value = cell.to_value.weight @ features + cell.to_value.bias
-        state = torch.stack([row + opening * a * (value - row) for row, a in zip(state, shares)])
-    return state
-
-
-@pytest.mark.parametrize("options", [{}, {"qk_norm": "none"}, {"qk_norm": "head"}, {"num_xl_blocks": 0}])
-def test_a_block_is_written_as_token_by_token(options: dict) -> None:
-    """Outputs and gradients. The stored keys and values of the block memory are what the reading begins from."""
-    model = make_model(**options)
-    tokens = stream(1, 3 * WIDTH)
-    pairs = []
-    state = model.layers[1].cell.initial
-    for block in range(3):
-        part = model(tokens[:, : (block + 1) * WIDTH])[1].layers[1].past["xl"] if model.config.num_xl_blocks else None
-        if part is None:  # nothing is remembered: what stands in the block just before it is complete, and the last one
-            part = inside(model, tokens[:, : (block + 1) * WIDTH])
-        pairs.append([x[0, :, -WIDTH:].unbind(1) for x in part])
-        before = [[torch.zeros_like(x[0])] * 3 for x in pairs[-1]]
-        if block and model.config.num_xl_blocks:
-            before = [list(x[-3:]) for x in pairs[-2]]
-        state = written(model, state, *([*first, *rest] for first, rest in zip(before, pairs[-1])))
-    fast = model(tokens)[2].layers[0][0]
-    assert_same(fast, state, 1e-10)
-    names = {"state": fast}, {"state": state}
-    assert_all_same(gradients(model, names[0]), gradients(model, names[1]), 1e-9)
+@pytest.mark.parametrize("options", [
+    {}, {"qk_norm": "none"}, {"qk_norm": "head"}, {"num_xl_blocks": 0}, {"num_xl_blocks": 2}, {"write_span": 1},
+    {"write_span": 6}, {"gate": "full"}, {"gate": "lstm"}, {"matching_init": True}, {"kv_heads": 4},
+    {"attention_window": "sliding"}, {"empty_memory": "zeros"}, {"recurrent_layers": (1, 2)}, {"norm": "rms"},
+    {"recurrent_layers": (2,), "read_recurrent_layers": (1,)}, {"block_feedback": True},
+    {"state_update": "skip"}, {"state_update": "dual", "gate_options": {"per": "state"}}, {"block_width": 1},
+])  # fmt: skip
+def test_it_is_the_naive_reading(options: dict) -> None:
+    """Token by token: outputs, what is carried, gradients."""
+    model, tokens = make_model(**options), stream(1, 4 * WIDTH + 2)
+    oracle = Oracle(model.config, dict(model.named_parameters()))
+    expected = {"logits": oracle.read(tokens[0].tolist())}
+    logits, memories, states = model(tokens)
+    results = {"logits": logits[0], **carried(model.config, memories, states, 0)}
+    expected |= remembered(oracle)
+    assert_all_same(results, expected, 1e-10)
+    assert_all_same(gradients(model, results), gradients(model, expected), 1e-9)
 
 
 def inside(model: BlockRecurrentTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +181,7 @@ def test_every_parameter_learns_in_one_step() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"gate_options": {"noise": -0.5}}, "noise must be at least 0, not -0.5"),
     ({"gate_options": {"per": "head"}}, "per must be 'channel' or 'state', not 'head'"),
+    ({"gate": "fixed"}, "state_update='token_gated' needs a gate that depends on the token"),
     ({"state_reads_memory": True}, "state_update='token_gated'.*state_reads_memory=True"),
     ({"enhanced_recurrence": True}, "state_update='token_gated'.*enhanced_recurrence=True"),
     ({"write_span": 0}, "write_span must be at least 1, not 0"),
