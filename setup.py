@@ -17,7 +17,9 @@ setup(
     packages=find_packages(include=["block_recurrent_transformer_pytorch*"]),
     package_data={"block_recurrent_transformer_pytorch": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.5", "einops>=0.8", "beartype>=0.18", "packaging>=21", "tqdm>=4.60", "numpy>=1.24"],
+    install_requires=[
+        "torch>=2.5", "einops>=0.8", "beartype>=0.18", "packaging>=21", "tqdm>=4.60", "numpy>=1.24", "safetensors>=0.4",
+    ],
     extras_require={
         "train": [*train, "matplotlib>=3.7", "tokenizers>=0.15"],
         "test": [*train, "pytest>=8", "hypothesis>=6.100"],

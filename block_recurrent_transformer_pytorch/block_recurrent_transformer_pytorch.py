@@ -43,6 +43,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from beartype import BeartypeConf, beartype
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -91,6 +92,8 @@ from .kernels import (
 from .losses import Reduction, cross_entropy
 from .spans import Shape, Span, in_order, make_plan, take
 from .token_gated import TokenGatedCell
+
+typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 class Mode(NamedTuple):
@@ -1063,8 +1066,9 @@ class TransformerBlock(nn.Module):
         for name, options in config.extra_memories.items():
             if layer in config.extra_layers(name):
                 own = {option: value for option, value in options.items() if option != "layers"}
-                self.extra[name] = MEMORIES[name](config, layer, **own)
-                self.extra[name].name = name
+                kind: MemoryKind = MEMORIES[name](config, layer, **own)
+                kind.name = name
+                self.extra[name] = kind
         self.cell = make_cell(config) if is_recurrent else None
         if config.matching_init and self.cell is not None:
             self.match()
@@ -1206,7 +1210,7 @@ class TransformerBlock(nn.Module):
         return Taken(self.visible(keys, span, visibility), LayerMemory(left, past), for_states)
 
     def append_block(self, past: dict[str, Any], block: KV, span: Span) -> tuple[list[KV], dict[str, Any]]:
-        """Complete blocks (b, g, t w, e) into all memories: what each block sees, the nearest first, and what is left."""
+        """Puts blocks (b, g, t w, e) into all memories: what each block sees, the nearest first, and what is left."""
         seen, after = [], dict(past)
         blocks, rows = block, span.completes
         for kind in self.kinds:
@@ -1341,9 +1345,10 @@ class BlockRecurrentTransformer(nn.Module):
             )
         if config is not None and options:
             raise ValueError(f"config was given, and so were the options {sorted(options)}")
-        self.config = config = Config.from_dict(options) if config is None else config
+        self.config = config = Config(**options) if config is None else config
         self.token_emb = nn.Embedding(config.num_tokens, config.dim)
-        nn.init.normal_(self.token_emb.weight, std=config.embedding_std)
+        with torch.no_grad():
+            self.token_emb.weight.mul_(config.embedding_std)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(1, config.depth + 1))
         self.norm = make_norm(config)
         self.to_logits = None if config.tie_embeddings else nn.Linear(config.dim, config.num_tokens, bias=False)
@@ -1372,6 +1377,7 @@ class BlockRecurrentTransformer(nn.Module):
     # -- other ways to make one
 
     @classmethod
+    @typechecked
     def paper(cls, size: str = "medium_150M", variant: str = "fixed:skip", **options: Any) -> BlockRecurrentTransformer:
         """A new model of the paper as its authors' code builds and initialises it.
 
@@ -1381,9 +1387,10 @@ class BlockRecurrentTransformer(nn.Module):
                 (`paper.VARIANTS`).
             options: fields of `Config` to be otherwise (num_tokens=256, block_width=1024, ...).
         """
-        return cls(Config.from_dict(paper.options(size, variant, **options)))
+        return cls(Config(**paper.options(size, variant, **options)))
 
     @classmethod
+    @typechecked
     def from_lucidrains(
         cls, state_dict: dict[str, Tensor], *, max_seq_len: int, block_width: int,
         read_recurrent_layers: tuple[int, ...] | None = None,
@@ -1400,6 +1407,7 @@ class BlockRecurrentTransformer(nn.Module):
         return cls.from_weights(Config(**options), weights, "state_dict", sources)
 
     @classmethod
+    @typechecked
     def from_meliad(cls, params: dict[str, Any], *, window_length: int) -> BlockRecurrentTransformer:
         """A model with the weights, and the numbers, of one of the authors' code, given as `path -> array`.
 
@@ -1626,7 +1634,7 @@ class BlockRecurrentTransformer(nn.Module):
                 if cell not in carry.kv:
                     carry.kv[cell] = self.cell(cell).project(carry.states[cell])
             now = seen | {cell: KV(*(kv[:, None] for kv in carry.kv[cell])) for cell in cells}
-            found = []
+            found: list[Tensor] = []
             for index in group:
                 part = self.run_layer(index, part, carry, now, step, visibilities[index], mode)
                 found = [*found, part] if keep_all else [part]
@@ -1642,7 +1650,7 @@ class BlockRecurrentTransformer(nn.Module):
     ) -> Tensor:
         """A span through one layer, which reads the states `now` and leaves its own in `carry` and `now`."""
         layer, number = self.layer(index + 1), index + 1
-        arguments = {
+        arguments: dict[str, Any] = {
             "memory": carry.layers[index], "state": carry.states.get(number), "state_kv": carry.kv.get(number),
             "reads": [now[cell] for cell in layer.other_reads], "span": span, "visibility": visibility, "mode": mode,
         }  # fmt: skip
@@ -1667,7 +1675,8 @@ class BlockRecurrentTransformer(nn.Module):
     def visibilities(self, span: Span, device: torch.device) -> list[Visibility]:
         """Which keys the tokens see in each layer; layers with memories of the same sizes share one."""
         known: dict[tuple[Any, ...], Visibility] = {}
-        found, dtype = [], matmul_dtype(self.token_emb.weight)
+        found: list[Visibility] = []
+        dtype = matmul_dtype(self.token_emb.weight)
         for number in range(1, self.config.depth + 1):
             kinds = self.layer(number).kinds
             sizes = tuple((kind.width, kind.per_block, kind.delay) for kind in kinds)
@@ -1777,8 +1786,8 @@ class BlockRecurrentTransformer(nn.Module):
             check_tensor(f"states of layer {cell}", state, shape, dtype, own.device)
         for cell, kv in zip(self.cells, states.kv or ()):
             for one in kv:  # their type is that of the autocast in force then
-                shape = (batch, config.kv_heads, config.num_state_vectors, config.dim_head)
-                check_tensor(f"states, keys and values of layer {cell}", one, shape, one.dtype, own.device)
+                size = (batch, config.kv_heads, config.num_state_vectors, config.dim_head)
+                check_tensor(f"states, keys and values of layer {cell}", one, size, one.dtype, own.device)
 
     # -- generation
 
@@ -1842,6 +1851,7 @@ class RecurrentTrainWrapper(nn.Module):
         ValueError: a number out of range.
     """
 
+    @typechecked
     def __init__(
         self, transformer: nn.Module, xl_memories_dropout: float = 0.0, state_dropout: float = 0.0, *,
         seq_len: int | None = None, detach_segments: bool = True, generator: torch.Generator | None = None,
@@ -1852,11 +1862,11 @@ class RecurrentTrainWrapper(nn.Module):
             raise ValueError(f"transformer must be a BlockRecurrentTransformer, not {type(self.model).__name__}")
         self.config = config = self.model.config
         for name, rate in (("xl_memories_dropout", xl_memories_dropout), ("state_dropout", state_dropout)):
-            if not isinstance(rate, int | float) or not 0 <= rate <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, not {rate!r}")
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {rate}")
         self.seq_len = config.max_seq_len if seq_len is None else seq_len
-        if not isinstance(self.seq_len, int) or self.seq_len < 1:
-            raise ValueError(f"seq_len must be a whole number of at least 1, not {self.seq_len!r}")
+        if self.seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
         self.xl_memories_dropout, self.state_dropout = xl_memories_dropout, state_dropout
         self.detach_segments, self.generator = detach_segments, generator
         if untrained := self.untrained():
@@ -1864,7 +1874,7 @@ class RecurrentTrainWrapper(nn.Module):
                 f"with segments of {self.seq_len} tokens, blocks of {config.block_width} and gradients cut between "
                 f"segments, {untrained} get no gradient. Use longer segments or detach_segments=False; for "
                 "DistributedDataParallel as it is, find_unused_parameters=True.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     @property

@@ -88,6 +88,7 @@ class States(NamedTuple):
         return f"States({len(self.layers)} recurrent layers: {shapes or 'none'})"
 
 
+torch.serialization.add_safe_globals([KV, LayerMemory, Position, Memories, States])  # for torch.load(weights_only=True)
 Carried = TypeVar("Carried", Memories, States)
 
 

@@ -41,10 +41,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import sync, written_at_once
+from .files import read_tensors, sync, written_at_once
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -621,8 +621,7 @@ def _check_content(content: dict[str, Json], path: Path) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        # clones: memory of its own is aligned as elsewhere (results stay bitwise equal) and outlives the file
-        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+        return read_tensors(file)
     except (SafetensorError, RuntimeError, OverflowError, TypeError, KeyError, ValueError) as error:
         raise DamagedCheckpoint(f"{file} is not a readable safetensors file: {error}") from error
 

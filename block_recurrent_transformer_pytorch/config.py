@@ -233,7 +233,7 @@ class Config:
             (self.all_layers_qk_rmsnorm and self.qk_norm == "none",
              "all_layers_qk_rmsnorm=True needs a normalisation, qk_norm='none' was given"),
             (self.state_update == "token_gated" and self.gate == "fixed",
-             "state_update='token_gated' needs a gate that depends on the token, gate='hard' say; gate='fixed' does not"),
+             "state_update='token_gated' needs a gate that depends on the token, such as gate='hard', not 'fixed'"),
             (self.state_update == "token_gated" and self.state_reads_memory,
              "state_update='token_gated' writes each token once: it cannot be combined with state_reads_memory=True"),
             (self.state_update == "token_gated" and self.enhanced_recurrence,
@@ -253,7 +253,7 @@ class Config:
             raise ValueError(f"config holds unknown options {unknown}{hint}")
         if missing := [name for name in ("num_tokens", "dim", "depth") if name not in values]:
             raise ValueError(f"config lacks {', '.join(missing)}")
-        return cls(**values)
+        return cls(**{name: _as_tuples(value) for name, value in values.items()})
 
     @property
     def fingerprint(self) -> str:
@@ -306,6 +306,13 @@ class Config:
             tied = any(low < layer <= high for low, high in ties)
             groups = [*groups[:-1], (*groups[-1], layer - 1)] if tied else [*groups, (layer - 1,)]
         return groups
+
+
+def _as_tuples(value: Any) -> Any:
+    """What JSON made lists of, as it was."""
+    if isinstance(value, dict):
+        return {name: _as_tuples(item) for name, item in value.items()}
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _in_words(hint: Any) -> str:

@@ -363,6 +363,7 @@ class FileTokenizer:
         self.num_tokens: int = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         if not self.num_tokens:
             raise ValueError(f"path: the tokenizer {path} has an empty vocabulary")
+        self.content = content
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, data: bytes) -> Integers:

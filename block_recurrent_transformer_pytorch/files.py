@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -32,6 +36,44 @@ def written_at_once(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """A file of safetensors, written at once. None of the tensors may share memory with another.
+
+    Raises:
+        OSError: the disk is full, or another failure to write.
+    """
+    with written_at_once(path) as file:
+        try:
+            save_file(tensors, file.name, header)
+        except SafetensorError as error:  # failures of the disk arrive as text: "... No space left (os error 28)"
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(code[1]) if code else None, str(error), str(path)) from error
+        written = Path(file.name)  # perhaps another file than the one that was opened
+        written.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        sync(written)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of the tensors in a file of safetensors."""
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of safetensors, on the CPU, each in memory of its own.
+
+    Own memory is aligned as elsewhere (results stay bitwise equal) and outlives the file. The file is opened anew for
+    each, so that what was copied does not stay mapped, and all of it is not in memory twice.
+    """
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name).clone()
+            return tensor
+
+    return {name: read(name) for name in tensor_names(path)}
+
+
 def sync(path: Path) -> None:
     """Waits until a file's data, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -48,6 +90,8 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process has it.
     """
+    import fcntl  # only here: what else is in this module does without, where there is none
+
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -173,7 +173,11 @@ def stream(
 
 
 def reads_every(device: torch.device) -> int:
-    """After how many tokens `generate` asks whether all rows have stopped: other devices than the CPU wait for it."""
+    """After how many tokens `generate` asks whether all rows have stopped.
+
+    On the CPU the answer costs nothing. Another device is waited for, so up to 15 tokens are computed behind the last
+    stop token, and cut off; the generator has drawn for them, too.
+    """
     return 1 if device.type == "cpu" else 16
 
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .kernels import at_least_fp32, is_functional
@@ -74,11 +73,11 @@ def in_chunks(losses: Callable[[Tensor, Tensor], Tensor], rows: Tensor, wanted: 
     """losses(rows, wanted) for `size` rows at a time, whose logits the backward pass computes again."""
     if rows.shape[0] <= size:
         return losses(rows, wanted)
+    parts = torch.split(rows, size), torch.split(wanted, size)
     if is_functional() or not torch.is_grad_enabled():
-        return torch.cat([losses(*part) for part in zip(rows.split(size), wanted.split(size))])
+        return torch.cat([losses(*part) for part in zip(*parts)])
     return torch.cat([
-        checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(rows.split(size), wanted.split(size))
+        checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in zip(*parts)
     ])  # fmt: skip
 
 
@@ -96,7 +95,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         total, grad_x = scale.new_zeros(()), []
         summed = [at_least_fp32(torch.zeros_like(parameter)) for parameter in parameters]
-        for rows, wanted, weight in zip(x.split(size), targets.split(size), scale.split(size)):
+        for rows, wanted, weight in zip(*(torch.split(one, size) for one in (x, targets, scale))):
             with torch.enable_grad():
                 own = rows.detach().requires_grad_(ctx.needs_input_grad[1])
                 logits = head(own)
@@ -117,8 +116,12 @@ class SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the loss of this many logits can be differentiated once: call backward without create_graph=True, or "
+                'take reduction="none" and sum the losses'
+            )
         saved = [grad.to(one.dtype) * one for one in ctx.saved_tensors]
         grad_x = saved.pop(0) if ctx.needs_input_grad[1] else None
         return (None, grad_x, None, None, None, *saved)

@@ -107,12 +107,17 @@ def plan_within_blocks(shape: Shape, n: int, position: Position, lengths: Tensor
         return None
     most = max(known) if isinstance(known, tuple) else known
     row_lengths = None if lengths is None else lengths.long()
-    moved = position.offset + (n if row_lengths is None else row_lengths)
+    offset = position.offset
+    if not isinstance(offset, Tensor):
+        assert row_lengths is not None  # otherwise rows agree
+        offset = torch.full_like(row_lengths, offset)
+    moved = offset + (n if row_lengths is None else row_lengths)
     held = position.full_blocks if shape.reach else shape.unmasked
-    span = Span(0, position.offset, 1, n, False, held, position.extra_blocks, row_lengths)
+    span = Span(0, offset, 1, n, False, held, position.extra_blocks, row_lengths)
     if most is not None and most + n < width:
-        exact = isinstance(known, tuple) and lengths is None
-        bound = tuple(one + n for one in known) if exact else most + n  # type: ignore[union-attr]
+        bound: tuple[int, ...] | int = most + n
+        if isinstance(known, tuple) and lengths is None:
+            bound = tuple(one + n for one in known)
         return Plan([span], position._replace(offset=moved, known=bound))
     if most is not None and (most + n > width or lengths is not None or not isinstance(known, tuple)):
         return None
@@ -137,7 +142,7 @@ def plan_apart(shape: Shape, n: int, position: Position, lengths: Tensor | None,
     starts = [0] * batch
     if isinstance(offset, int) and extra is None and min(ends):
         spans, after = plan_together(shape, min(ends), position)
-        starts, offsets, held = [min(ends)] * batch, [after.offset] * batch, [after.full_blocks] * batch  # type: ignore[list-item]
+        starts, offsets, held = [min(ends)] * batch, [int(after.offset)] * batch, [after.full_blocks] * batch
     while any(start < stop for start, stop in zip(starts, ends)):
         left = [stop - start for start, stop in zip(starts, ends)]
         spans.append(span_of_rows(shape, left, starts, offsets, held, device))

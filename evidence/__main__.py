@@ -15,7 +15,7 @@ import torch
 
 from . import report
 from .experiments import CONTROLS, EXPERIMENTS
-from .running import RESULTS, WEIGHTS, runs
+from .running import RESULTS, ROWS, WEIGHTS, runs
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -28,6 +28,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"beginnings of names, of {', '.join(EXPERIMENTS)}")
     parser.add_argument("--arms", default="", help=f"default all, of token-gated, {', '.join(CONTROLS)}")
     parser.add_argument("--seeds", default="", help="default those of the experiment")
+    parser.add_argument("--parts", type=int, default=4, help=f"of the evaluation, of {ROWS} rows each (default 4)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one JSON file each")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder that evidence.md goes to")
@@ -48,7 +49,7 @@ def main(given: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     weights = WEIGHTS if options.results == RESULTS else options.results / ".weights"
     for run in runs(options.only, options.arms, options.seeds):
-        result = run.carry_out(options.results, weights)
+        result = run.carry_out(options.results, weights, options.parts)
         print(f"{run.name}: {report.line(result)}", flush=True)
 
 

@@ -51,7 +51,6 @@ class Experiment:
     states: int
     recipe: Recipe
     distances: list[int]
-    rows: int  # for each seed
     controls: tuple[str, ...] = ()
     control_distances: list[int] = field(default_factory=lambda: THOUSANDS)
     seeds: tuple[int, ...] = SEEDS
@@ -74,19 +73,19 @@ class Experiment:
 ALL = tuple(CONTROLS)
 SIXTEEN = Facts(facts=16, overwritten=8, keys=32)
 EXPERIMENTS = {
-    "one-fact": Experiment("One fact, random filler", Facts(), 8, Recipe(400), MILLION, 112, ALL),
+    "one-fact": Experiment("One fact, random filler", Facts(), 8, Recipe(400), MILLION, ALL),
     "16-facts": Experiment(
-        "16 facts, 8 of them overwritten, `SET value key`", SIXTEEN, 32, Recipe(900), LONG, 112, ALL
+        "16 facts, 8 of them overwritten, `SET value key`", SIXTEEN, 32, Recipe(900), LONG, ALL
     ),
     "16-facts-key-first": Experiment(
         "16 facts, 8 of them overwritten, `SET key value`", replace(SIXTEEN, order="key value"), 32, Recipe(900), LONG,
-        112, ("skip-hard", "soft", "no-match"),
+        ("skip-hard", "soft", "no-match"),
     ),
     "32-facts": Experiment(
-        "32 facts, 16 of them overwritten", Facts(facts=32, overwritten=16, keys=64), 64, Recipe(1200), LONG, 112
+        "32 facts, 16 of them overwritten", Facts(facts=32, overwritten=16, keys=64), 64, Recipe(1200), LONG
     ),
     "one-fact-in-text": Experiment(
-        "One fact in source code, unseen files", Facts(filler="text"), 8, Recipe(600, penalty=1.0), MILLION, 112,
+        "One fact in source code, unseen files", Facts(filler="text"), 8, Recipe(600, penalty=1.0), MILLION,
         ("none", "reset", "soft", "skip-hard", "skip-hard-channel"),
     ),
     "8-facts-in-text": Experiment(
@@ -96,7 +95,7 @@ EXPERIMENTS = {
 } | {
     f"capacity-{facts}-in-{states}": Experiment(
         f"{facts} facts, {facts // 2} overwritten, in {states} states",
-        Facts(facts=facts, overwritten=facts // 2, keys=2 * facts), states, Recipe(900), [4096], 112, seeds=(0,),
+        Facts(facts=facts, overwritten=facts // 2, keys=2 * facts), states, Recipe(900), [4096], seeds=(0,),
     )
     for facts in (8, 16, 32) for states in (8, 16, 32, 64)
 }  # fmt: skip

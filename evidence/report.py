@@ -25,29 +25,45 @@ seed by itself. *Open*: how many of the gate values over the filler were not exa
 
 def load(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [result for result in found if result.get("remembered") and result["setup"]["experiment"] in EXPERIMENTS]
+    return [result for result in found if any(result.get("parts", [])) and result["setup"]["experiment"] in EXPERIMENTS]
 
 
-def share(found: dict[str, Any], each: int) -> float:
-    return sum(found["right"]) / (len(found["right"]) * each)
+def answered(result: dict[str, Any]) -> dict[int, list[int]]:
+    """By distance: how many of its facts each row knew, over all parts."""
+    rows: dict[int, list[int]] = {}
+    for part in result["parts"]:
+        for found in part:
+            rows.setdefault(found["distance"], []).extend(found["right"])
+    return rows
+
+
+def share(right: list[int], each: int) -> float:
+    return sum(right) / (len(right) * each)
+
+
+def opened(result: dict[str, Any]) -> float:
+    """The share of gate values over the filler that were not zero."""
+    last = [part[-1] for part in result["parts"] if part]
+    weights = [found["distance"] for found in last]
+    return sum(found["open_share"] * weight for found, weight in zip(last, weights)) / sum(weights)
 
 
 def line(result: dict[str, Any]) -> str:
     """One run, for the terminal."""
     each = result["setup"]["task"]["facts"]
-    shares = " ".join(f"{found['distance']:,}: {100 * share(found, each):.2f}" for found in result["remembered"])
-    return f"{shares}   open {result['remembered'][-1]['open_share']:.1e}   {result['training']['cpu_seconds']} CPU-s"
+    shares = " ".join(f"{distance:,}: {100 * share(right, each):.2f}" for distance, right in answered(result).items())
+    return f"{shares}   open {opened(result):.1e}   {result['training']['cpu_seconds']} CPU-s"
 
 
 def of_seeds(results: list[dict[str, Any]], distance: int, each: int) -> str:
     """`99.2 [98.1, 99.7]  (99.1, 99.3, 99.2)`: all rows, and each seed by itself."""
-    found = [f for result in results for f in result["remembered"] if f["distance"] == distance]
+    found = [rows[distance] for rows in map(answered, results) if distance in rows]
     if not found:
         return ""
-    right = [count for f in found for count in f["right"]]
+    right = [count for rows in found for count in rows]
     low, high = interval(right, each)
     mean = sum(right) / (len(right) * each)
-    seeds = " / ".join(f"{100 * share(f, each):.1f}" for f in found)
+    seeds = " / ".join(f"{100 * share(rows, each):.1f}" for rows in found)
     return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] {seeds}"
 
 
@@ -57,16 +73,16 @@ def table(name: str, results: list[dict[str, Any]]) -> list[str]:
     columns = experiment.distances
     titles = [f"{d:,} tokens" for d in columns]
     lines = [f"\n## {experiment.title}\n", f"{experiment.states} states; {experiment.recipe.steps} steps of "
-             f"{experiment.recipe.tokens_per_step:,} tokens; {experiment.rows} rows for each seed.\n",
+             f"{experiment.recipe.tokens_per_step:,} tokens.\n",
              f"| | {' | '.join(titles)} | open | CPU-s |", f"|---|{'---|' * (len(columns) + 2)}"]  # fmt: skip
     for arm, what in experiment.arms.items():
         own = [result for result in results if result["setup"]["arm"] == arm]
         if not own:
             continue
         cells = [of_seeds(own, distance, experiment.task.facts) for distance in columns]
-        opened = " / ".join(f"{result['remembered'][-1]['open_share']:.1e}" for result in own)
+        gates = " / ".join(f"{opened(result):.1e}" for result in own)
         seconds = " / ".join(f"{result['training']['cpu_seconds']:.0f}" for result in own)
-        lines.append(f"| {what.title} | {' | '.join(cells)} | {opened} | {seconds} |")
+        lines.append(f"| {what.title} | {' | '.join(cells)} | {gates} | {seconds} |")
     return lines
 
 
@@ -76,12 +92,12 @@ def capacity(results: list[dict[str, Any]]) -> list[str]:
     if not found:
         return []
     facts, states = sorted({f for f, _ in found}), sorted({s for _, s in found})
-    distance = next(iter(found.values()))["remembered"][-1]["distance"]
+    distance = max(answered(next(iter(found.values()))))
     lines = [f"\n## Capacity: accuracy at {distance:,} tokens, facts against states\n", "![](evidence-capacity.png)\n",
              f"| facts | {' | '.join(f'{s} states' for s in states)} |", f"|---|{'---|' * len(states)}"]  # fmt: skip
     for number in facts:
         cells = [found.get((number, s)) for s in states]
-        shown = ["" if r is None else f"{100 * share(r['remembered'][-1], number):.1f}" for r in cells]
+        shown = ["" if r is None else f"{100 * share(answered(r)[distance], number):.1f}" for r in cells]
         lines.append(f"| {number} | {' | '.join(shown)} |")
     return lines
 
@@ -130,7 +146,7 @@ def plot(by_name: dict[str, list[dict[str, Any]]], grid: list[dict[str, Any]], d
         experiment = EXPERIMENTS[name]
         for i, (arm, what) in enumerate(experiment.arms.items()):
             for result in (r for r in by_name[name] if r["setup"]["arm"] == arm):
-                points = [(f["distance"], 100 * share(f, experiment.task.facts)) for f in result["remembered"]]
+                points = [(at, 100 * share(right, experiment.task.facts)) for at, right in answered(result).items()]
                 axis.semilogx(*zip(*points), marker=".", color=f"C{i}", label=what.title)
         handles = dict(zip(*axis.get_legend_handles_labels()[::-1]))
         axis.legend(handles.values(), handles.keys(), fontsize=6)
@@ -142,7 +158,7 @@ def plot(by_name: dict[str, list[dict[str, Any]]], grid: list[dict[str, Any]], d
     if grid:
         figure, axis = plt.subplots(figsize=(4.5, 3.4))
         for facts in sorted({r["setup"]["task"]["facts"] for r in grid}):
-            own = sorted((len_states(r), 100 * share(r["remembered"][-1], facts)) for r in grid
+            own = sorted((len_states(r), 100 * share(answered(r)[max(answered(r))], facts)) for r in grid
                          if r["setup"]["task"]["facts"] == facts)  # fmt: skip
             axis.semilogx(*zip(*own), marker="o", base=2, label=f"{facts} facts")
         axis.set(xlabel="states", ylabel="accuracy, %", ylim=(0, 103))

@@ -21,6 +21,7 @@ from .tasks import standard_library
 from .training import Reader, train
 
 RESULTS = Path(__file__).resolve().parent / "results"
+ROWS = 32  # of a part of the evaluation
 WEIGHTS = Path(__file__).resolve().parent / ".weights"
 
 
@@ -34,36 +35,42 @@ class Run:
     def name(self) -> str:
         return f"{self.experiment}.{self.arm}.seed{self.seed}"
 
-    def carry_out(self, folder: Path, weights: Path) -> dict[str, Any]:
-        """Trains, then reads; each is written as soon as it is done, and not done again."""
+    def carry_out(self, folder: Path, weights: Path, parts: int) -> dict[str, Any]:
+        """Trains, then reads so many parts of ROWS rows; each is written as soon as it is done, and not done again."""
         experiment = EXPERIMENTS[self.experiment]
         arm = experiment.arms[self.arm]
         config, task = experiment.config(arm), experiment.task
         path, stored = folder / f"{self.name}.json", weights / f"{self.name}.safetensors"
         setup = as_json({"experiment": self.experiment, "arm": self.arm, "seed": self.seed, "task": asdict(task),
-                         "config": asdict(config), "recipe": asdict(experiment.recipe), "rows": experiment.rows,
+                         "config": asdict(config), "recipe": asdict(experiment.recipe), "rows": ROWS,
                          "distances": distances(self), "reset_states": arm.reset_states})  # fmt: skip
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if result.get("setup") != setup:
             result = {"setup": setup}
-        if "finished" in result:
+        if len(finished(result, self)) >= parts:
             return result
         if "training" in result and stored.exists():
             model = BlockRecurrentTransformer(config).eval()
             model.load_state_dict(load_file(stored))
         else:
             model, result["training"] = train(config, task, experiment.recipe, self.seed, arm.reset_states)
-            result |= {"machine": machine(), "remembered": []}
+            result |= {"machine": machine(), "parts": []}
             weights.mkdir(parents=True, exist_ok=True)
             save_file(model.state_dict(), stored)
             write(path, result)
-        result["remembered"], started = [], time.perf_counter()
-        draw = torch.Generator().manual_seed(10**6 + self.seed)
-        for found in remembered(Reader(model, arm.reset_states), task, experiment.rows, distances(self), draw):
-            result["remembered"].append(found)
-            write(path, result)
-        write(path, result | {"finished": {"reading_seconds": round(time.perf_counter() - started, 1)}})
+        result["parts"] = finished(result, self)
+        for part in range(len(result["parts"]), parts):
+            result["parts"].append([])
+            draw = torch.Generator().manual_seed(10**6 * (1 + part) + self.seed)
+            for found in remembered(Reader(model, arm.reset_states), task, ROWS, distances(self), draw):
+                result["parts"][part].append(found)
+                write(path, result)
         return result
+
+
+def finished(result: dict[str, Any], run: Run) -> list[Any]:
+    """The parts of the evaluation that went to the greatest distance."""
+    return [part for part in result.get("parts", []) if len(part) == len(distances(run))]
 
 
 def distances(run: Run) -> list[int]:

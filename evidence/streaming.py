@@ -16,7 +16,7 @@ from .tasks import NOT_ASKED, Facts
 from .training import Reader, openings
 
 WRITING = 1024  # tokens in which the facts are set; one fact alone is set within its last block
-SEGMENT = 256  # tokens of a call; what fits into the caches of a core is read fastest
+SEGMENT = 1024  # tokens of a call
 LEAD = 8  # tokens of filler before each question
 ASKED_AT_ONCE = 1024  # rows
 

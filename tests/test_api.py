@@ -112,7 +112,7 @@ ARGUMENTS_OF_0_4_4 = {
 
 def test_constructor_arguments_of_0_4_4_and_their_defaults():
     ours = {field.name: field.default for field in fields(Config)}
-    required = [name for name, default in ours.items() if default is MISSING]
+    required = [f.name for f in fields(Config) if f.default is MISSING and f.default_factory is MISSING]
     assert required == ["num_tokens", "dim", "depth"]
     for name, default in ARGUMENTS_OF_0_4_4.items():
         assert name in ours
@@ -250,9 +250,12 @@ def test_names_of_parameters_are_frozen(name):
 
 
 def test_fields_of_carried_values_are_frozen():
-    assert Memories._fields == ("layers", "place", "blocks", "ahead")
-    assert States._fields == ("layers", "views")
-    assert package.LayerMemory._fields == ("xl", "block", "compressed", "window")
+    assert Memories._fields == ("layers", "position")
+    assert package.Position._fields == ("offset", "full_blocks", "extra_blocks", "known")
+    assert States._fields == ("layers", "kv")
+    assert package.LayerMemory._fields == ("block", "past", "ready")
+    model = BlockRecurrentTransformer(num_tokens=4, dim=8, depth=1, use_compressed_mem=True)
+    assert list(model.init_memories(1).layers[0].past) == ["xl", "compressed"]
     assert package.KV._fields == ("k", "v")
 
 

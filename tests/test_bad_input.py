@@ -14,9 +14,9 @@ import torch
 from beartype.roar import BeartypeCallHintViolation
 
 from block_recurrent_transformer_pytorch import (
-    Memories,
     BlockRecurrentTransformer,
     Config,
+    Memories,
     RecurrentTrainWrapper,
     forget_rows,
     select_rows,
@@ -220,7 +220,7 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "3-D": (forward(TOKENS[None]), ("x", "(1, 2, 5)")),
     "0-D": (forward(torch.tensor(1)), ("x", "()")),
     "a list": (forward([[1, 2]]), ("x", "[[1, 2]]")),
-    "None": (forward(None), ("x", "None")),
+    "None": (forward(None), ("x", "inputs_embeds")),
     "numpy": (forward(np.zeros((2, 3), dtype=np.int64)), ("x", "array")),
     "tokens on another device": (forward(TOKENS.to("meta")), ("x", "meta", "cpu")),
     "memories as lists of tensors": (
@@ -229,8 +229,7 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "states as lists of tensors": (forward(states=[torch.zeros(2, 3, 8)]), ("states", "States", "list", "migration")),
     "a tensor for memories": (forward(xl_memories=torch.zeros(2)), ("xl_memories", "Memories", "Tensor")),
     "states for memories": (forward(xl_memories=STATES), ("xl_memories", "Memories", "States")),
-    "bytes as uint8": (lambda: small_model()(TOKENS.to(torch.uint8)), ("x", "int64", "torch.uint8 (2, ")),
-    "ids as int16": (lambda: small_model()(TOKENS.to(torch.int16)), ("x", "int64", "torch.int16 (2, ")),
+    "ids as numbers": (lambda: small_model()(TOKENS.float()), ("x", "integer", "torch.float32 (2, ")),
     "overwrite with gradients": (forward(overwrite=True), ("overwrite=True", "gradients")),
     "memories for states": (forward(states=MEMORIES), ("states", "States", "Memories")),
     "a tuple for memories": (forward(xl_memories=(1, 2)), ("xl_memories", "Memories", "tuple")),
@@ -247,11 +246,11 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
     "memories of two blocks": (with_memories(num_xl_blocks=2), ("xl_memories", "(2, 1, 8, 4)", "(2, 1, 4, 4)")),
     "memories of none": (with_memories(num_xl_blocks=0), ("xl_memories", "(2, 1, 0, 4)", "(2, 1, 4, 4)")),
     "compressed memories for a model without": (
-        with_memories(use_compressed_mem=True), ("xl_memories", "compressed", "use_compressed_mem=False"),
+        with_memories(use_compressed_mem=True), ("xl_memories", "compressed", "this model has ['xl']"),
     ),
     "no compressed memories for a model with": (
         lambda: small_model(use_compressed_mem=True)(TOKENS, xl_memories=MEMORIES),
-        ("xl_memories", "compressed", "use_compressed_mem=True"),
+        ("xl_memories", "this model has ['compressed', 'xl']"),
     ),
     "memories at a place outside the block": (
         forward(xl_memories=at(offset=4)), ("xl_memories", "offset 4", "4"),
@@ -291,7 +290,7 @@ FORWARD: dict[str, tuple[Callable[[], Any], tuple[object, ...]]] = {
         lambda: small_model(recurrent_layers=(1, 2))(
             TOKENS, states=carried_by(recurrent_layers=(1, 2))[1]._replace(kv=STATES.kv)
         ),
-        ("states", "views", 1, 2),
+        ("states", "keys and values", 1, 2),
     ),
     "reset of another batch": (forward(reset=bools(True, False, True)), ("reset", "(2,)", "(3,)")),
     "reset of ints": (forward(reset=torch.tensor([1, 0])), ("reset", "bool", "int64")),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError
 from functools import cache
 from typing import Any
 
@@ -16,8 +19,10 @@ from block_recurrent_transformer_pytorch import (
     BlockRecurrentTransformer,
     Config,
     RecurrentTrainWrapper,
+    generation,
     select_rows,
 )
+from block_recurrent_transformer_pytorch.generation import Generation, seen_tokens
 from block_recurrent_transformer_pytorch.paper import OPTIONS as PAPER
 
 BASE = {
@@ -562,3 +567,187 @@ def test_under_any_grad_mode(mode):
     model, prompt = model_of("default"), random_stream(2, 5)
     with mode():
         assert torch.equal(generate(model, prompt, 12), by_rereading(model, prompt, 12))
+
+
+# ------------------------------------------------------------------------------------------ continuing, for all options
+
+PENALISED = {"repetition_penalty": 1.3}
+SAMPLED = {
+    "greedy": {"temperature": 0},
+    "penalty": {"temperature": 0, **PENALISED},
+    "top_k": {"temperature": 0.9, "top_k": 4, **PENALISED},
+    "top_p": {"temperature": 1.1, "top_p": 0.8, **PENALISED},
+    "min_p": {"temperature": 1.3, "min_p": 0.05, **PENALISED},
+    "filter_thres": {"temperature": 1.0, "filter_thres": 0.5, **PENALISED},
+}
+
+
+def as_mask(tokens: Tensor) -> Tensor:
+    return seen_tokens(VOCABULARY, tokens)
+
+
+def as_rows(tokens: Tensor) -> list[Tensor]:
+    return list(tokens)
+
+
+@pytest.mark.parametrize("form", [Tensor.clone, as_rows, as_mask])
+@pytest.mark.parametrize("sampled", SAMPLED)
+def test_continuing_equals_one_go_for_every_option(sampled, form):
+    """With a repetition penalty, too, for which the tokens so far are handed on."""
+    model, prompt = model_of("default"), random_stream(3, 5)
+    options = SAMPLED[sampled]
+    whole = model.generate(prompt, max_new_tokens=24, generator=torch.Generator().manual_seed(3), **options)
+    generator, read, carried = torch.Generator().manual_seed(3), prompt, (None, None)
+    for new in (1, 11, 12):
+        tokens, *carried = model.generate(
+            read[:, -1:] if carried[0] else prompt, max_new_tokens=new, xl_memories=carried[0], states=carried[1],
+            previous=form(read), generator=generator, return_memories_and_states=True, **options,
+        )  # fmt: skip
+        read = torch.cat((read, tokens), dim=1)
+    assert torch.equal(read[:, 5:], whole)
+
+
+def test_without_what_came_before_the_penalty_says_otherwise():
+    model, prompt = model_of("default"), random_stream(3, 5)
+    with torch.no_grad():
+        _, memories, states = model(prompt[:, :-1])
+    carried = {"xl_memories": memories, "states": states, **PENALISED}
+    one_go = generate(model, prompt, 12, **PENALISED)
+    assert torch.equal(generate(model, prompt[:, -1:], 12, previous=prompt[:, :-1], **carried), one_go)
+    assert not torch.equal(generate(model, prompt[:, -1:], 12, **carried), one_go)
+
+
+def test_previous_goes_with_several_continuations_and_rows_of_any_length():
+    model, prompt = model_of("default"), random_stream(2, 3)
+    previous = [torch.tensor([1, 2, 3, 4]), torch.tensor([9])]
+    several = generate(model, prompt, 8, previous=previous, num_return_sequences=2, **PENALISED)
+    for row, before, said in zip(prompt, previous, several[::2]):
+        assert torch.equal(generate(model, row[None], 8, previous=before[None], **PENALISED)[0], said)
+    assert torch.equal(several[::2], several[1::2])
+
+
+@pytest.mark.parametrize(
+    ("previous", "words"),
+    [
+        (torch.zeros(3, 4, dtype=torch.long), "previous holds 3 rows, prime has 2"),
+        (torch.zeros(2, 4, dtype=torch.bool), "num_tokens=11"),
+        (torch.full((2, 4), 11), "previous holds token ids from 11 to 11"),
+        ([torch.zeros(2)] * 2, "previous must be token ids"),
+    ],
+)
+def test_bad_previous(previous, words):
+    with pytest.raises(ValueError, match=words):
+        model_of("default").generate(random_stream(2, 3), max_new_tokens=2, previous=previous)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_generate_and_stream_take_one_list_of_options():
+    with pytest.raises(TypeError, match="temprature"):
+        model_of("default").generate(random_stream(1, 3), max_new_tokens=2, temprature=1.0)
+    with pytest.raises(TypeError, match="temprature"):
+        model_of("default").stream(random_stream(1, 3), max_new_tokens=2, temprature=1.0)
+    options = Generation(temperature=0.5, top_k=3, stop_tokens=(1,))
+    with pytest.raises(FrozenInstanceError):
+        options.temperature = 1.0
+    assert Generation().filter_thres == 0.9 and options.filter_thres is None
+
+
+# -------------------------------------------------------------------------------------------- several threads, a device
+
+
+def test_threads_share_a_model_in_training_mode():
+    """Each of four says what one says alone, and a training pass beside them keeps its dropout."""
+    model = model_with_dropout()
+    prompts = [random_stream(2, 5, seed=seed) for seed in range(16)]
+    alone = [generate(model, prompt, 12) for prompt in prompts]
+    kept, stop = [], threading.Event()
+
+    def train() -> None:
+        while not stop.is_set():
+            with torch.no_grad():
+                a, b = model(prompts[0])[0], model(prompts[0])[0]
+            kept.append(not torch.equal(a, b))  # other draws of dropout
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda prompt: generate(model, prompt, 12), prompts))
+    stop.set()
+    trainer.join()
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    assert len(kept) > 3 and all(kept)
+    assert all(modes(model))
+
+
+def test_dropout_is_a_matter_of_the_call():
+    model, prompt = model_with_dropout(), random_stream(2, 5)
+    with torch.no_grad():
+        off, trained, on = (model(prompt, use_dropout=use)[0] for use in (False, None, True))
+        model.eval()
+        assert torch.equal(off, model(prompt)[0])
+        assert not torch.equal(off, trained) and not torch.equal(off, on)
+        assert not torch.equal(off, model(prompt, use_dropout=True)[0])
+
+
+@pytest.mark.parametrize("every", [3, 16])
+@every_variant
+def test_asking_now_and_then_whether_all_have_stopped(variant, every, monkeypatch):
+    """As on a device whose answers are waited for: the same tokens, memories and states."""
+    model = model_of(variant)
+    rows = [row[:count] for row, count in zip(random_stream(6, 7), (2, 7, 4, 5, 3, 6))]
+    kinds = [{"max_new_tokens": 21}, {"length": 20}, {"max_new_tokens": 2}]
+    for kind in kinds:
+        options = {"temperature": 0, "stop_tokens": STOPS, "pad_token": 3, "return_memories_and_states": True, **kind}
+        monkeypatch.setattr(generation, "reads_every", lambda device: 1)
+        now, *carried = model.generate(rows, **options)
+        monkeypatch.setattr(generation, "reads_every", lambda device: every)
+        then, *carried_then = model.generate(rows, **options)
+        assert torch.equal(now, then)
+        follow = [torch.tensor([1, 2, 4])] * 6
+        said = [
+            generate(model, follow, 6, xl_memories=memories, states=states)
+            for memories, states in (carried, carried_then)
+        ]
+        assert torch.equal(*said)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the times that numbers are asked for, and the tensors that are built of Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        self.count += "_local_scalar_dense" in name or "lift_fresh" in name or "is_nonzero" in name
+        return function(*args, **(kwargs or {}))
+
+
+class Echo(nn.Module):
+    """Calls the model outside of `Reads`, so that only the loop's own are counted."""
+
+    def __init__(self, model: BlockRecurrentTransformer) -> None:
+        super().__init__()
+        self.model, self.config, self.token_emb = model, model.config, model.token_emb
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        with torch.utils._python_dispatch._disable_current_modes():
+            return self.model(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "every", "reads"), [({}, 16, 0), ({"stop_tokens": (0, 3)}, 16, 4), ({"stop_tokens": (0, 3)}, 1, 64)]
+)
+def test_the_loop_asks_for_nothing(options, every, reads, monkeypatch):
+    """64 tokens more of a ragged batch read nothing more from the device, with stop tokens once every 16."""
+    monkeypatch.setattr(generation, "reads_every", lambda device: every)
+    monkeypatch.setattr(Generation, "__call__", lambda self, logits, *_: torch.ones(3, dtype=torch.long))
+    model, prompt, counts = Echo(model_of("default")), random_stream(3, 7), []
+    for length in (9, 9 + 64):
+        with Reads() as seen:
+            generation.generate(model, prompt, length, lengths=torch.tensor([2, 7, 4]), **options)
+        counts.append(seen.count)
+    assert counts[1] - counts[0] == reads

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, convert, detach
 from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
+from block_recurrent_transformer_pytorch.spans import Span
 
 GOLDEN = Path(__file__).parent / "golden" / "meliad"
 MODELS = sorted(path.stem for path in GOLDEN.glob("model_*.npz"))
@@ -38,7 +39,7 @@ def assert_near(ours, theirs, tolerance=1e-4, what=""):
 
 
 def assert_caches_match(memory, state, record, prefix, segment):
-    for ours, name in ((memory.xl.k, "previous_keys"), (memory.xl.v, "previous_values")):
+    for ours, name in ((memory.past["xl"].k, "previous_keys"), (memory.past["xl"].v, "previous_values")):
         assert_near(ours.transpose(1, 2), record[f"{prefix}{name}/{segment}"], what=name)
     if state is not None:
         assert_near(state, record[f"{prefix}recurrent_state/{segment}"], what="state")
@@ -96,14 +97,11 @@ def layer_as_model(record):
 
 def read_layer(model, record, segment, memories, states, xs):
     """(ys, memories, states) for embedded inputs."""
-    batch, n, _ = xs.shape
-    memories = memories or model.init_memories(batch)
-    states = states or model.init_states(batch)
     start = record[f"in/start_of_sequence/{segment}"]
-    memories, states = model.reset_rows(memories, states, start, None)
-    pieces, after = model.pieces(n, memories, None)
-    ys, layers, states = model.read(xs, memories, states, pieces)
-    return ys, module.Memories(layers, *after), states._replace(views=None)
+    _, memories, states, layers = model.encode(
+        xs, xl_memories=memories, states=states, reset=start, return_layers=True
+    )
+    return layers[-1], memories, states
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -187,11 +185,12 @@ def test_the_buckets_of_the_t5_bias_are_theirs():
 def test_the_mask_is_theirs():
     record = Recording("t5_buckets")
     config = module.Config(**module.paper.options("tiny_test", "slide", block_width=8, max_seq_len=8))
-    piece = module.Piece(start=0, place=0, t=1, n=8, complete=True, blocks=1)
-    pattern = module.make_pattern(config, piece, 1, None, torch.device("cpu"), torch.float32)
-    assert torch.equal(pattern.mask, record["out/causal_mask_w8"][:, :15].bool())
+    span = Span(start=0, offset=0, num_blocks=1, length=8, completes=True, full_blocks=1)
+    kinds = [module.XLMemory(config, 1)]
+    visible = module.make_visibility(config, span, kinds, None, torch.device("cpu"), torch.float32)
+    assert torch.equal(visible.mask, record["out/causal_mask_w8"][:, :15].bool())
     assert not record["out/causal_mask_w8"][:, 15].any()  # the last token is seen by none of its block: left out
-    values, _, pairs = pattern.distances
+    values, _, pairs = visible.distances
     assert torch.equal(values[pairs], -record["out/relative_position_w8"][:, :15].long())
 
 

@@ -17,8 +17,7 @@ from strategies import VOCABULARY, config_options, examples, random_model, rando
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
-from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, losses
 from block_recurrent_transformer_pytorch.carried import Memories, States, detach, forget_rows, select_rows
 
 OPTIONS = config_options()
@@ -573,22 +572,6 @@ def tensors(carried: object) -> list[Tensor]:
 
 
 @torch.no_grad()
-def test_every_field_of_a_memory_has_its_part_in_all_that_happens_to_it() -> None:
-    """One that is added to `LayerMemory` stays through blocks, resets, forgetting and choosing rows."""
-
-    class Extended(module.LayerMemory):
-        note = "kept"
-
-    model = random_model(Config(num_tokens=VOCABULARY, dim=8, depth=1, dim_head=4, heads=2, block_width=4))
-    _, memories, states = model(random_stream(2, 6))
-    memories = memories._replace(layers=tuple(Extended(*layer) for layer in memories.layers))
-    rows = torch.tensor([True, False])
-    _, later, _ = model(random_stream(2, 7), xl_memories=memories, states=states, reset=rows)
-    for after in (later, forget_rows(memories, rows)):
-        assert all(getattr(layer, "note", "lost") == "kept" for layer in after.layers)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("is_ragged", [False, True])
 def test_generation_leaves_the_memories_it_begins_with(is_ragged: bool) -> None:
     sizes = {"num_tokens": VOCABULARY, "dim": 8, "depth": 2, "dim_head": 4, "heads": 2, "max_seq_len": 4}
@@ -645,7 +628,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_targets_that_count(
         lengths = torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2), label="lengths"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         if in_chunks:
-            monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2 * VOCABULARY)
+            monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2 * VOCABULARY)
         loss, memories, states = model(tokens, return_loss=True, lengths=lengths)
     read = tokens[:, :-1].clamp(min=0)
     expected = model(read, lengths=lengths)

@@ -23,8 +23,8 @@ from block_recurrent_transformer_pytorch import (
     RecurrentTrainWrapper,
     detach,
     forget_rows,
+    kernels,
 )
-from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
 from block_recurrent_transformer_pytorch.paper import OPTIONS as PAPER
 
 BASE = {
@@ -307,10 +307,10 @@ class Kept:
 def test_small_models_recompute_nothing(monkeypatch):
     """The calls would cost more than they save; the gradients are the same."""
     model, x, calls, found = model_of(), random_stream(2, 13), [], []
-    checkpoint = module.checkpoint
-    monkeypatch.setattr(module, "checkpoint", lambda *given, **how: calls.append(1) or checkpoint(*given, **how))
+    checkpoint = kernels.checkpoint
+    monkeypatch.setattr(kernels, "checkpoint", lambda *given, **how: calls.append(1) or checkpoint(*given, **how))
     for least in (0, 2**18):
-        monkeypatch.setattr(module, "RECOMPUTED_FROM", least)
+        monkeypatch.setattr(kernels, "RECOMPUTED_FROM", least)
         model(x, return_loss=True)[0].backward()
         found.append((len(calls), gradients(model)))
     (many, recomputed), (as_many, plain) = found

@@ -12,8 +12,7 @@ from oracle import assert_same
 from strategies import VOCABULARY, random_model, random_stream
 from torch import Tensor, nn
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, RecurrentTrainWrapper, detach
-from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as module
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, RecurrentTrainWrapper, detach, losses
 from block_recurrent_transformer_pytorch.paper import OPTIONS as PAPER
 
 pytestmark = pytest.mark.slow
@@ -109,7 +108,7 @@ def test_training(variant):
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_training_with_a_loss_in_chunks(tie_embeddings, monkeypatch):
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1)
     model = model_of("default", tie_embeddings=tie_embeddings)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     same_tensors(train(compiled, 2), train(model, 2))
