@@ -27,9 +27,8 @@ class Arm:
 
 OURS = Arm("token-gated writes, hard gate")
 CONTROLS = {
-    "none": Arm("no recurrent layer", {"recurrent_layers": (), "gate_options": {}, "gate": "fixed"}),
-    "xl4": Arm("no recurrent layer, XL memory of 4 blocks",
-               {"recurrent_layers": (), "gate_options": {}, "gate": "fixed", "num_xl_blocks": 4}),
+    "none": Arm("no recurrent layer", {"recurrent_layers": ()}),
+    "xl4": Arm("no recurrent layer, XL memory of 4 blocks", {"recurrent_layers": (), "num_xl_blocks": 4}),
     "reset": Arm("state reset every block, in training, too", reset_states=True),
     "soft": Arm("token-gated writes, soft gate", {"gate": "full", "gate_options": {}}),
     "skip-hard": Arm("ordinary cell, hard gate per state", {"state_update": "skip", "gate_options": {"per": "state"}}),
