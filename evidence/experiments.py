@@ -72,29 +72,29 @@ class Experiment:
 ALL = tuple(CONTROLS)
 SIXTEEN = Facts(facts=16, overwritten=8, keys=32)
 EXPERIMENTS = {
-    "one-fact": Experiment("One fact, random filler", Facts(), 8, Recipe(400), MILLION, ALL),
+    "one-fact": Experiment("One fact, random filler", Facts(), 8, Recipe(600), MILLION, ALL),
     "16-facts": Experiment(
-        "16 facts, 8 of them overwritten, `SET value key`", SIXTEEN, 32, Recipe(900), LONG, ALL
+        "16 facts, 8 of them overwritten, `SET value key`", SIXTEEN, 32, Recipe(1500), LONG, ALL
     ),
     "16-facts-key-first": Experiment(
-        "16 facts, 8 of them overwritten, `SET key value`", replace(SIXTEEN, order="key value"), 32, Recipe(900), LONG,
+        "16 facts, 8 of them overwritten, `SET key value`", replace(SIXTEEN, order="key value"), 32, Recipe(1500), LONG,
         ("skip-hard", "soft", "no-match"),
     ),
     "32-facts": Experiment(
-        "32 facts, 16 of them overwritten", Facts(facts=32, overwritten=16, keys=64), 64, Recipe(1200), LONG
+        "32 facts, 16 of them overwritten", Facts(facts=32, overwritten=16, keys=64), 64, Recipe(2000), LONG
     ),
     "one-fact-in-text": Experiment(
-        "One fact in source code, unseen files", Facts(filler="text"), 8, Recipe(600, penalty=1.0), MILLION,
+        "One fact in source code, unseen files", Facts(filler="text"), 8, Recipe(600), MILLION,
         ("none", "reset", "soft", "skip-hard", "skip-hard-channel"),
     ),
     "8-facts-in-text": Experiment(
         "8 facts, 4 of them overwritten, in source code", Facts(facts=8, overwritten=4, keys=16, filler="text"), 32,
-        Recipe(1500, penalty=1.0), LONG, 112, ("skip-hard", "soft"),
+        Recipe(1500), LONG, 112, ("skip-hard", "soft"),
     ),
 } | {
     f"capacity-{facts}-in-{states}": Experiment(
         f"{facts} facts, {facts // 2} overwritten, in {states} states",
-        Facts(facts=facts, overwritten=facts // 2, keys=2 * facts), states, Recipe(900), [4096], seeds=(0,),
+        Facts(facts=facts, overwritten=facts // 2, keys=2 * facts), states, Recipe(1500), [4096], seeds=(0,),
     )
     for facts in (8, 16, 32) for states in (8, 16, 32, 64)
 }  # fmt: skip
