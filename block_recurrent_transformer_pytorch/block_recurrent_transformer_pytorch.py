@@ -1070,8 +1070,6 @@ class TransformerBlock(nn.Module):
                 kind.name = name
                 self.extra[name] = kind
         self.cell = make_cell(config) if is_recurrent else None
-        if config.matching_init and self.cell is not None:
-            self.match()
 
     @torch.no_grad()
     def match(self) -> None:
@@ -1365,6 +1363,9 @@ class BlockRecurrentTransformer(nn.Module):
         self.cells = sorted(config.recurrent_layers)  # layers with a state, from 1
         if config.init == "lecun":
             self.apply(init_lecun)
+        if config.matching_init:
+            for number in self.cells:
+                self.layer(number).match()
 
     def layer(self, number: int) -> TransformerBlock:
         """The layer of that number, from 1."""

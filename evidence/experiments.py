@@ -89,7 +89,7 @@ EXPERIMENTS = {
     ),
     "8-facts-in-text": Experiment(
         "8 facts, 4 of them overwritten, in source code", Facts(facts=8, overwritten=4, keys=16, filler="text"), 32,
-        Recipe(1500), LONG, 112, ("skip-hard", "soft"),
+        Recipe(1500), LONG, ("skip-hard", "soft"),
     ),
 } | {
     f"capacity-{facts}-in-{states}": Experiment(

@@ -150,6 +150,18 @@ def test_matching_initial_values_find_what_was_written() -> None:
     assert (after > before).all() and (after - before).mean() > 0.2
 
 
+@pytest.mark.parametrize("init", ["torch", "lecun"])
+def test_matching_initial_values_are_the_last_word_and_need_no_memory(init: str) -> None:
+    """Beside either kind of other initial values; and where weights are to be loaded, on the meta device."""
+    config = Config(**BASE, matching_init=True, init=init)
+    model = BlockRecurrentTransformer(config)
+    keys = model.layers[1].to_qkv.weight[-24:]
+    assert torch.equal(model.layers[1].cell.to_kv.weight, keys)
+    assert_same(keys.t() @ keys, torch.eye(12), 1e-5)
+    loaded = BlockRecurrentTransformer.from_weights(config, model.state_dict())
+    assert torch.equal(loaded(stream(1, 9))[0], model.eval()(stream(1, 9))[0])
+
+
 def test_the_ordinary_cell_can_begin_with_matching_values() -> None:
     model = BlockRecurrentTransformer(**BASE | {"state_update": "skip", "matching_init": True})
     cell = model.layers[1].cell
