@@ -26,7 +26,7 @@ class Recipe:
     learning_rate: float = 3e-3
     warmup: int = 20
     decay_from: float = 0.7  # share of the steps from which on the rate falls to a twentieth
-    penalty: float = 1.0  # times the mean opening of the gates, once answers are right more often than not
+    penalty: float = 0.1  # times the mean opening of the gates, once answers are right more often than not
     promote_at: float = 0.85  # running accuracy at which sequences get longer and facts more
     least_steps: int = 20  # on each length
 
