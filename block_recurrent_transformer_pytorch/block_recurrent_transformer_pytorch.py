@@ -40,7 +40,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,7 @@ from .kernels import (
 from .losses import Reduction, cross_entropy
 from .rotary import ROTARIES, Rotary
 from .spans import Shape, Span, in_order, make_plan, take
+from .token_gated import TokenGatedCell
 
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
@@ -839,8 +840,40 @@ class LSTMGate(Gate):
         return Shares(keep, (self.to_input(source).to(state.dtype) - 1).sigmoid())
 
 
-def make_gate(config: Config, dim_source: int) -> Gate:
-    gate: Gate = GATES[config.gate](config.dim, dim_source, **config.gate_options)
+@register_gate("hard")
+class HardGate(Gate):
+    """write = clamp(1/2 + (h W + b - 1 + noise) / 4, 0, 1), keep = 1 - write: closed for good, or open, beyond +-2.
+
+    A closed gate keeps a state exactly, however long; a sigmoid leaks. Noise on the logit, in training, keeps gradients
+    coming through gates near the edge, and moves those that matter away from it.
+
+    Args:
+        noise: standard deviation of the normal noise on the logit, in training.
+        per: whether each channel of a state has a gate, or each state one.
+    """
+
+    def __init__(
+        self, dim: int, dim_source: int, *, noise: float = 0.5, per: Literal["channel", "state"] = "channel"
+    ) -> None:
+        super().__init__(dim, dim_source)
+        if not noise >= 0:
+            raise ValueError(f"gate_options: noise must be at least 0, not {noise}")
+        if per not in ("channel", "state"):
+            raise ValueError(f"gate_options: per must be 'channel' or 'state', not {per!r}")
+        self.noise = noise
+        self.to_write = GateLinear(dim_source, dim if per == "channel" else 1)
+
+    def forward(self, source: Tensor, state: Tensor) -> Shares:
+        logit = self.to_write(source).to(state.dtype) - 1
+        if self.training and self.noise:
+            logit = logit + self.noise * torch.randn_like(logit)
+        write = (0.5 + logit / 4).clamp(0, 1)
+        return Shares(1 - write, write)
+
+
+def make_gate(config: Config, dim_source: int, dim: int | None = None) -> Gate:
+    """The gate of the config for states of that width, default dim."""
+    gate: Gate = GATES[config.gate](config.dim if dim is None else dim, dim_source, **config.gate_options)
     return gate
 
 
@@ -916,6 +949,16 @@ class RecurrentCell(nn.Module):
         nn.init.normal_(self.initial, std=0.1)
         nn.init.normal_(self.ids)
 
+    @torch.no_grad()
+    def match(self, to_kv: Tensor) -> None:
+        """Initial values with which a state finds what is like it: one map makes all keys, of tokens and of states.
+
+        Args:
+            to_kv: that map, (2 g e, d), keys first.
+        """
+        self.to_kv.weight.copy_(to_kv)
+        self.to_q.weight.copy_(as_queries(to_kv, self.kv_heads, self.heads).repeat(2, 1))
+
     def initial_state(self) -> Tensor:
         """(s, d), in at least fp32."""
         return self.initial.to(torch.promote_types(self.initial.dtype, torch.float32))
@@ -968,6 +1011,23 @@ class RecurrentCell(nn.Module):
         return KV(*(torch.stack(x, dim=1) for x in zip(*kvs))), state
 
 
+def as_queries(to_kv: Tensor, kv_heads: int, heads: int) -> Tensor:
+    """The map (2 g e, d) of keys and values -> one of queries (h e, d) in which each head asks with its keys' map."""
+    k = rearrange(to_kv.chunk(2)[0], "(g e) d -> g e d", g=kv_heads)
+    return k.repeat_interleave(heads // kv_heads, dim=0).flatten(0, 1)
+
+
+def make_cell(config: Config) -> RecurrentCell | TokenGatedCell:
+    if config.state_update != "token_gated":
+        return RecurrentCell(config)
+    source = 2 * config.write_span * config.kv_heads * config.dim_head
+    return TokenGatedCell(
+        dim=config.dim, num_states=config.num_state_vectors, kv_heads=config.kv_heads, dim_head=config.dim_head,
+        span=config.write_span, norm=make_norm(config), gate=make_gate(config, source, dim=1),
+        stored_key=ATTENTIONS[config.qk_norm](config).stored_state,
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------ 7 transformer block
 
 
@@ -1016,7 +1076,16 @@ class TransformerBlock(nn.Module):
                 kind: MemoryKind = MEMORIES[name](config, layer, **own)
                 kind.name = name
                 self.extra[name] = kind
-        self.cell = RecurrentCell(config) if is_recurrent else None
+        self.cell = make_cell(config) if is_recurrent else None
+
+    @torch.no_grad()
+    def match(self) -> None:
+        """Matching initial values: one orthogonal map makes keys and values of tokens and states, and all queries."""
+        assert self.cell is not None
+        to_kv = nn.init.orthogonal_(torch.empty(self.widths[-1], self.to_qkv.in_features))
+        q = as_queries(to_kv, self.kv_heads, self.heads)
+        self.to_qkv.weight.copy_(torch.cat((q.repeat(len(self.widths) - 1, 1), to_kv)))
+        self.cell.match(to_kv)
 
     @property
     def kinds(self) -> list[MemoryKind]:
@@ -1110,7 +1179,7 @@ class TransformerBlock(nn.Module):
         return out
 
     def updated(
-        self, cell: RecurrentCell, state: Tensor, kv: KV, tokens: KV | None, span: Span, mode: Mode
+        self, cell: RecurrentCell | TokenGatedCell, state: Tensor, kv: KV, tokens: KV | None, span: Span, mode: Mode
     ) -> tuple[KV, Tensor]:
         """Keys and values of the state as of the start of each block, (b, t, g, s, e), and the state after the span."""
         if tokens is None:
@@ -1135,7 +1204,12 @@ class TransformerBlock(nn.Module):
             keys = KV(self.made_ready(k, visibility.k_tables), v)
         else:
             keys = self.extended_ready(memory, new, span, visibility)
-        for_states = KV(*map(cat_keys, self.held_in_xl(seen[0], span), blocks)) if self.state_reads_memory else blocks
+        for_states = blocks
+        if self.state_reads_memory:
+            for_states = KV(*map(cat_keys, self.held_in_xl(seen[0], span), blocks))
+        elif isinstance(self.cell, TokenGatedCell):
+            before = self.tokens_before(self.cell.span - 1, seen[0], span)
+            for_states = KV(*map(cat_keys, before, blocks))
         left = KV(*(zeros(x, *x.shape) for x in memory.block))
         if isinstance(span.completes, Tensor):
             left = choose_rows(span.completes, left, block)
@@ -1183,6 +1257,16 @@ class TransformerBlock(nn.Module):
         """The entries (b, t, g, j, e) of the XL memory that some row holds."""
         absent = 0 if span.extra_blocks is not None else self.xl.width - self.xl.held(span.full_blocks)
         return KV(*(x[..., absent:, :] for x in seen))
+
+    def tokens_before(self, count: int, seen: KV, span: Span) -> KV:
+        """The last tokens before each block, (b, t, g, count, e); zeros for those that the XL memory does not hold."""
+        before = [x[..., -count:, :] if count else x[..., :0, :] for x in self.held_in_xl(seen, span)]
+        if span.extra_blocks is not None:
+            held = self.xl.held_by_rows(span.full_blocks + span.extra_blocks)
+            age = torch.arange(before[0].shape[-2], 0, -1, device=held.device)
+            absent = (age > held[:, None])[:, None, None, :, None]
+            before = [x.masked_fill(absent, 0) for x in before]
+        return KV(*(F.pad(x, (0, 0, count - x.shape[-2], 0)) for x in before))
 
     def absent_to_states(self, span: Span) -> Tensor | None:
         """Which of what states attend to each row holds, (b, 1, 1, j) bool; None: all of it."""
@@ -1269,6 +1353,8 @@ class BlockRecurrentTransformer(nn.Module):
             raise ValueError(f"config was given, and so were the options {sorted(options)}")
         self.config = config = Config(**options) if config is None else config
         self.token_emb = nn.Embedding(config.num_tokens, config.dim)
+        with torch.no_grad():
+            self.token_emb.weight.mul_(config.embedding_std)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(1, config.depth + 1))
         self.norm = make_norm(config)
         self.to_logits = None if config.tie_embeddings else nn.Linear(config.dim, config.num_tokens, bias=False)
@@ -1287,14 +1373,17 @@ class BlockRecurrentTransformer(nn.Module):
         self.cells = sorted(config.recurrent_layers)  # layers with a state, from 1
         if config.init == "lecun":
             self.apply(init_lecun)
+        if config.matching_init:
+            for number in self.cells:
+                self.layer(number).match()
 
     def layer(self, number: int) -> TransformerBlock:
         """The layer of that number, from 1."""
         return cast(TransformerBlock, self.layers[number - 1])
 
-    def cell(self, number: int) -> RecurrentCell:
+    def cell(self, number: int) -> RecurrentCell | TokenGatedCell:
         """The recurrent cell of the layer of that number."""
-        return cast(RecurrentCell, self.layer(number).cell)
+        return cast("RecurrentCell | TokenGatedCell", self.layer(number).cell)
 
     # -- other ways to make one
 

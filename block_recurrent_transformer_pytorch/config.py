@@ -107,9 +107,10 @@ class Config:
     recurrent_layers: Layers = None  # type: ignore[assignment]  # None: (depth // 2,)
     read_recurrent_layers: Layers = None  # type: ignore[assignment]  # where each state is read, at or below its layer; None: there
     num_state_vectors: Count = None  # type: ignore[assignment]  # None: block_width
-    state_update: Literal["skip", "dual", "single"] = "skip"
-    gate: str = "fixed"  # fixed, lstm, full, or a registered one
+    state_update: Literal["skip", "dual", "single", "token_gated"] = "skip"
+    gate: str = "fixed"  # fixed, lstm, full, hard, or a registered one
     gate_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    write_span: int = 4  # token_gated: a token's write is decided from so many tokens, its own and those before it
     candidate_bias: bool = True  # b_z of the paper's z = W h + b_z
     state_reads_memory: bool = False  # states read the XL memory too, so that each token is read by two updates
     block_feedback: bool = False  # every layer without a state of its own reads the last recurrent layer's
@@ -126,6 +127,8 @@ class Config:
     tie_embeddings: bool = False  # logits = h E^T * logit_scale
     logit_scale: float | None = None  # None: 1 / sqrt(dim) with tied embeddings, else 1
     init: Literal["torch", "lecun"] = "torch"  # PyTorch's initial values, or those of the paper's authors
+    matching_init: bool = False  # recurrent layers begin with one map for the keys of tokens and states and all queries
+    embedding_std: float = 1.0  # of the initial embeddings
     attn_dropout: float = 0.0  # on the matrix of the tokens' self-attention
     ff_dropout: float = 0.0  # on the output of the feed-forward
     emb_dropout: float = 0.0  # on the token embeddings
@@ -137,7 +140,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("ff_mult", "qk_norm_scale", "rotary_base", "norm_eps", "logit_scale"):
+        for name in ("ff_mult", "qk_norm_scale", "rotary_base", "norm_eps", "logit_scale", "embedding_std"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, not {value}")
@@ -179,7 +182,7 @@ class Config:
 
     def _check_numbers(self) -> None:
         for name in ("num_tokens", "dim", "depth", "dim_head", "heads", "kv_heads", "ff_dim", "max_seq_len",
-                     "block_width", "num_state_vectors", "compressed_mem_factor"):  # fmt: skip
+                     "block_width", "num_state_vectors", "compressed_mem_factor", "write_span"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_xl_blocks < 0:
@@ -265,6 +268,13 @@ class Config:
              f"'xpos', not {self.positions!r}"),
             (bool(self.unrotated_layers) and not is_rotated,
              f"unrotated_layers={self.unrotated_layers} needs positions='rotary' or 'xpos', not {self.positions!r}"),
+            (self.state_update == "token_gated" and self.gate == "fixed",
+             "state_update='token_gated' needs a gate that depends on the token, such as gate='hard', not 'fixed'"),
+            (self.state_update == "token_gated" and self.state_reads_memory,
+             "state_update='token_gated' writes each token once: it cannot be combined with state_reads_memory=True"),
+            (self.state_update == "token_gated" and self.enhanced_recurrence,
+             "state_update='token_gated' needs the token before each block as its own layer saw it: it cannot be "
+             "combined with enhanced_recurrence=True"),
         ]  # fmt: skip
 
     @classmethod
@@ -282,11 +292,14 @@ class Config:
     @property
     def fingerprint(self) -> str:
         """A short hash of everything that decides the shape and meaning of memories and states."""
-        free = {"max_seq_len", "ignore_index", "use_flash_attn", "use_checkpointing", "init"}
+        free = {"max_seq_len", "ignore_index", "use_flash_attn", "use_checkpointing", "init", "matching_init",
+                "embedding_std"}
         told = {k: v for k, v in asdict(self).items() if k not in free and not k.endswith("dropout")}
         for name, default in NEWER.items():
             if told[name] == default:
                 del told[name]
+        if self.state_update != "token_gated":
+            del told["write_span"]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def reads(self, layer: int) -> tuple[int, ...]:

@@ -312,6 +312,8 @@ class Oracle:
 
     def written(self, cell: int) -> Tensor:
         """The next state."""
+        if self.config.state_update == "token_gated":
+            return self.written_by_tokens(cell)
         name, qk_norm, rows = f"layers.{cell - 1}.cell", self.config.qk_norm, []
         tokens = (self.xl[cell] if self.config.state_reads_memory else []) + self.block[cell]
         for i, old in enumerate(self.state[cell]):
@@ -334,15 +336,46 @@ class Oracle:
         hidden = self.hidden(f"{name}.hidden", self.norm(f"{name}.norm", middle))
         return self.gated(f"{name}.gate", middle, self.linear(f"{name}.to_candidate", hidden), hidden)
 
+    def written_by_tokens(self, cell: int) -> Tensor:
+        """The next state: one token after another replaces a share of each state whose key is like its address."""
+        config, name, block = self.config, f"layers.{cell - 1}.cell", self.block[cell]
+        nothing = (torch.zeros_like(block[0][0]),) * 2
+        pairs = [nothing] * (config.write_span - 1) + self.xl[cell] + block
+        state = self.state[cell]
+        for last in range(len(pairs) - len(block), len(pairs)):
+            keys, values = zip(*(pairs[last - i] for i in range(config.write_span)))
+            features = torch.cat([x.flatten() for x in (*keys, *values)])
+            address = self.heads_of(self.linear(f"{name}.to_address", features[: len(features) // 2]))
+            found = [
+                softmax(self.parameters[f"{name}.scale"] * torch.stack([
+                    self.unit(sought, "channel") @ self.unit(key[group], "channel") for key, _ in self.views[cell]
+                ]))
+                for group, sought in enumerate(address)
+            ]  # fmt: skip
+            shares = self.gate_shares(f"{name}.gate", features)[1] * sum(found) / len(found)
+            value = self.linear(f"{name}.to_value", features)
+            state = torch.stack([old + share * (value - old) for old, share in zip(state, shares)])
+        return state
+
     def gated(self, name: str, old: Tensor, candidate: Tensor, source: Tensor) -> Tensor:
+        keep, write = self.gate_shares(name, source)
+        return old * keep + candidate * write
+
+    def gate_shares(self, name: str, source: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of the old is kept and of the new is written."""
         if self.config.gate == "lstm":
-            forget = sigmoid(self.linear(f"{name}.to_forget", source) + 1)
-            return old * forget + candidate * sigmoid(self.linear(f"{name}.to_input", source) - 1)
+            return (
+                sigmoid(self.linear(f"{name}.to_forget", source) + 1),
+                sigmoid(self.linear(f"{name}.to_input", source) - 1),
+            )
+        if self.config.gate == "hard":
+            write = (0.5 + (self.linear(f"{name}.to_write", source) - 1) / 4).clamp(0, 1)
+            return 1 - write, write
         if self.config.gate == "full":
             keep = sigmoid(self.linear(f"{name}.to_keep", source) + 1)
         else:
             keep = sigmoid(self.parameters[f"{name}.keep"])
-        return old * keep + candidate * (1 - keep)
+        return keep, 1 - keep
 
     # -- memory, when a block is complete
 

@@ -1,0 +1,1 @@
+"""Experiments that anyone can repeat: `python -m evidence`."""

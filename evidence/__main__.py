@@ -1,0 +1,57 @@
+"""Experiments on what a state remembers.
+
+python -m evidence facts                              all that is not done yet; hours, to be interrupted at will
+python -m evidence facts --only one-fact              the experiments whose names begin so
+python -m evidence facts --arms token-gated --seeds 3,4,5
+python -m evidence report                             docs/evidence.md and its plots from evidence/results
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from . import report
+from .experiments import CONTROLS, EXPERIMENTS
+from .running import RESULTS, ROWS, WEIGHTS, runs
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=["facts", "report"])
+    parser.add_argument("--only", default="", help=f"beginnings of names, of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--arms", default="", help=f"default all, of token-gated, {', '.join(CONTROLS)}")
+    parser.add_argument("--seeds", default="", help="default those of the experiment")
+    parser.add_argument("--parts", type=int, default=4, help=f"of the evaluation, of {ROWS} rows each (default 4)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one JSON file each")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder that evidence.md goes to")
+    options = parser.parse_args(given)
+    options.seeds = tuple(int(seed) for seed in options.seeds.split(",") if seed)
+    if unknown := set(filter(None, options.arms.split(","))) - {"token-gated", *CONTROLS}:
+        parser.error(f"--arms names {sorted(unknown)}, there are token-gated, {', '.join(CONTROLS)}")
+    if not any(name.startswith(tuple(options.only.split(","))) for name in EXPERIMENTS):
+        parser.error(f"--only={options.only} names no experiment, there are {', '.join(EXPERIMENTS)}")
+    return options
+
+
+def main(given: list[str] | None = None) -> None:
+    options = arguments(given)
+    if options.task == "report":
+        print(f"written: {report.write(options.results, options.docs)}")
+        return
+    torch.set_num_threads(options.threads)
+    weights = WEIGHTS if options.results == RESULTS else options.results / ".weights"
+    for run in runs(options.only, options.arms, options.seeds):
+        result = run.carry_out(options.results, weights, options.parts)
+        print(f"{run.name}: {report.line(result)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
