@@ -355,12 +355,13 @@ class RoutedKind(nn.Module):
         t = self.count_blocks(value, keys, values)
         if in_place and torch.is_grad_enabled() and (keys.requires_grad or value.k.requires_grad):
             raise ValueError("in_place=True writes into what the backward pass needs: detach=True, or torch.no_grad()")
+        # slots that nobody sees yet: what is written there for other rows than `rows` is not counted, and so not seen
         step = self.chunks_per_block
         new = torch.arange(t * step, device=keys.device) + value.stored[:, None]  # (b, n) numbers of the new chunks
         k = self.turned(keys, self.token_positions(new))
         k, v = (x.view(*x.shape[:2], -1, self.chunk_size, x.shape[3]).to(value.k.dtype) for x in (k, values))
         summaries = self.summarise(k)[:, :, :, : value.summaries.shape[3]]
-        store = [write(old, x, new % self.num_slots, rows, in_place) for old, x in zip(value, (k, v, summaries))]
+        store = [write(old, x, new % self.num_slots, in_place) for old, x in zip(value, (k, v, summaries))]
         counts = torch.arange(t + 1, device=keys.device) * step
         counts = counts * (1 if rows is None else rows[:, None]) + value.stored[:, None]  # (b, t + 1)
         return counts[:, :t], RoutedMemory(store[0], store[1], store[2], counts[:, t])
@@ -618,14 +619,10 @@ def distillation_loss(scores: Tensor, mass: Tensor, temperature: float = 1.0) ->
     return -(mass.detach() * z.log_softmax(-1)).sum(-1)
 
 
-def write(old: Tensor, new: Tensor, slots: Tensor, rows: Tensor | None, in_place: bool) -> Tensor:
-    """`old` (b, g, p, ...) with `new` (b, g, n, ...) in the `slots` (b, n) of the given rows."""
-    at = (torch.arange(len(slots), device=slots.device)[:, None], slice(None), slots)
-    new = new.transpose(1, 2)  # (b, n, g, ...)
-    if rows is not None:
-        new = torch.where(rows.view(-1, *(1,) * (new.ndim - 1)), new, old[at])
+def write(old: Tensor, new: Tensor, slots: Tensor, in_place: bool) -> Tensor:
+    """`old` (b, g, p, ...) with `new` (b, g, n, ...) in the `slots` (b, n)."""
     target = old if in_place else old.clone()
-    target[at] = new
+    target[torch.arange(len(slots), device=slots.device)[:, None], :, slots] = new.transpose(1, 2)
     return target
 
 

@@ -432,6 +432,9 @@ def test_distillation_teaches_the_router_and_nobody_else():
     want = -(mass * scores.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(losses[:, :, 0], want, **exact)
     assert not out.requires_grad
+    own_q = q.clone().requires_grad_()
+    taught = kind.read(value, seen, own_q, window, router_q=router_q, everything=True, distil=True).distillation
+    assert torch.autograd.grad(taught.sum(), own_q, allow_unused=True) == (None,)
     optimiser = torch.optim.Adam([router_q], 0.1)
     for _ in range(200):
         optimiser.zero_grad()
