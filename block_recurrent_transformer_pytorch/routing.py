@@ -291,6 +291,47 @@ class RoutedKind(nn.Module):
             )
         scaled(torch.zeros(1), self.num_chosen, self.operator, self.temperature)
 
+    def forward(
+        self,
+        value: RoutedMemory,
+        q: Tensor,
+        window: Pair,
+        bias: Tensor | None = None,
+        *,
+        blocks: Pair | None = None,
+        rows: Tensor | None = None,
+        in_place: bool = False,
+        detach: bool = False,
+        far_q: Tensor | None = None,
+        router_q: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Reading, RoutedMemory]:
+        """`append`, then `read`: a span of any number of blocks, `max_blocks` at a time.
+
+        Args:
+            blocks: What these t blocks push out of the XL memory, KV (b, g, t w, e); None: nothing.
+            rows, in_place, detach: of `append`.
+            q, window, bias, far_q, router_q, **options: of `read`.
+
+        Returns:
+            What the tokens read, and the next memory.
+        """
+        readings = []
+        for some in slices(q.shape[2], self.max_blocks if blocks is not None else q.shape[2]):
+            seen = value.stored[:, None].expand(-1, some.stop - some.start)
+            if blocks is not None:
+                k, v = (x[:, :, some.start * self.block_width : some.stop * self.block_width] for x in blocks)
+                is_own = in_place or (some.start > 0 and not torch.is_grad_enabled())
+                seen, value = self.append(value, (k, v), rows=rows, in_place=is_own, detach=detach)
+            near = (window[0][:, :, some], window[1][:, :, some])
+            far, router = (None if x is None else x[:, :, some] for x in (far_q, router_q))
+            hides = bias[..., some, :, :] if bias is not None and bias.shape[-3] > 1 else bias
+            reading = self.read(value, seen, q[:, :, some], near, hides, far_q=far, router_q=router, **options)
+            readings.append(reading)
+        losses = [x.distillation for x in readings if x.distillation is not None]
+        out = torch.cat([x.out for x in readings], 2)
+        return Reading(out, torch.cat(losses, 2) if losses else None), value
+
     # ------------------------------------------------------------------------------------------------------- the value
 
     def empty(self, batch: int, like: Tensor) -> RoutedMemory:
@@ -448,7 +489,7 @@ class RoutedKind(nn.Module):
             seen: (b, t), see `choose`.
             q: (b, h, t, w, e) queries to the window.
             window: KV, keys and values (b, g, t, j, e).
-            bias: Added to the window's logits, broadcast to (b, h, t, w, j); -inf hides.
+            bias: Added to the window's logits, (t or 1, w, j) or (b or 1, h or 1, t or 1, w, j); -inf hides.
             far_q: (b, h, t, w, e) queries to chosen keys, not turned; None: `q`.
             router_q: (b, h, t, w, e) queries to summaries, not turned; None: `far_q`.
             distance: Tokens between the end of the store and the first query of a block, int or (b,): what the XL
@@ -468,7 +509,7 @@ class RoutedKind(nn.Module):
             ahead = steps + (distance[:, None, None] if isinstance(distance, Tensor) else distance)
             far_q, router_q = (self.turned(x, seen[:, :, None] * self.chunk_size + ahead) for x in (far_q, router_q))
         if bias is not None:
-            bias = bias.expand(*bias.shape[:-3], q.shape[2], q.shape[3], -1)
+            bias = bias.expand(*bias.shape[:-3], *q.shape[2:4], -1)
 
         def part(blocks: slice, tokens: slice) -> Pair:
             here = (..., blocks, tokens, slice(None))

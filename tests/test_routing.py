@@ -145,14 +145,13 @@ class Stream:
         rows = (left[0] >= self.starts) | ((first < self.starts) & (left[0] >= 0))
         if t > 1:
             assert rows.all()
-        seen, after = value.stored[:, None], value
         if rows.any():
-            pair = [self.blocks(x, left[0], t) for x in (self.k, self.v)]
-            seen, after = self.kind.append(value, pair, rows=None if rows.all() else rows, **options)
+            options["blocks"] = [self.blocks(x, left[0], t) for x in (self.k, self.v)]
+            options["rows"] = None if rows.all() else rows
         window, bias = self.window(first, t)
         q = self.blocks(self.q, first, t).unflatten(2, (t, self.w))
-        out = self.kind.read(after, seen, q, window, bias, distance=self.num_xl * self.w).out
-        return out.flatten(2, 3), after
+        reading, after = self.kind(value, q, window, bias, distance=self.num_xl * self.w, **options)
+        return reading.out.flatten(2, 3), after
 
     def tokens(self, value, block, start, stop):
         """Some tokens of the block being filled."""
@@ -333,7 +332,7 @@ def test_far_positions_are_precise():
     torch.testing.assert_close(*products, rtol=0, atol=1e-4)
 
 
-spans = st.one_of(st.integers(1, 3), st.sampled_from([[1, 3], [1, 1, 1, 1], [4], [2, 2]]))
+spans = st.one_of(st.integers(1, 7), st.sampled_from([[1, 3], [1, 1, 1, 1], [4], [2, 2]]))
 plans = st.lists(spans, min_size=1, max_size=5)
 
 
@@ -448,7 +447,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
     kind = make()
     value = kind.empty(1, torch.zeros(1))
     q, window = torch.randn(1, 2, 1, 4, 4), [torch.randn(1, 2, 1, 3, 4) for _ in range(2)]
-    hidden = torch.full((4, 3), minus_infinity)
+    hidden = torch.full((1, 4, 3), minus_infinity)
     assert (kind.read(value, value.stored[:, None], q, window, hidden).out == 0).all()
     assert kind.read(value, value.stored[:, None], q, window).out.abs().max() > 0
 
@@ -517,10 +516,11 @@ def test_rows_differ_without_a_host_read():
         value = kind.empty(2, torch.empty(1))
         rows = torch.empty(2, dtype=torch.bool)
         blocks = [torch.empty(2, 2, 4, 4)] * 2
-        seen, value = kind.append(kind.forget(value, rows), blocks, rows=rows)
+        value = kind.forget(value, rows)
         q, window = torch.empty(2, 4, 1, 4, 4), [torch.empty(2, 2, 1, 8, 4)] * 2
-        out = kind.read(value, seen, q, window, distance=torch.empty(2, dtype=torch.int64), distil=True).out
-    assert out.shape == q.shape
+        options = {"far_q": q, "distance": torch.empty(2, dtype=torch.int64), "distil": True}
+        (out, losses), value = kind(value, q, window, blocks=blocks, rows=rows, in_place=True, **options)
+    assert out.shape == q.shape and losses.shape == (2, 2, 1, 4) and value.stored.shape == (2,)
 
 
 @pytest.mark.parametrize(
