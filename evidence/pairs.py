@@ -1,4 +1,4 @@
-"""128 key-value pairs, written up to 262,144 tokens ago, read through routed memory: `python evidence/pairs.py`.
+"""128 key-value pairs, written up to 262,144 tokens ago, read through routed memory: `python -m evidence.pairs`.
 
 A sequence writes 128 pairs "SET value key" (or "SET key value") in slots of 8 tokens among filler, is followed by more
 filler, and is asked 16 times "GET key -> value". Bare keys and values occur among the filler. The model has two layers:
@@ -8,7 +8,7 @@ trained on the 1,024 tokens with the pairs alone, and evaluated at each distance
 What makes it learn:
     W_q = W_k, orthogonal, with q . k twice as large; embeddings and output projections times 0.3
     summaries of all tokens (the maximum) choose from the first step on; means and gates are taught: brute-force
-    attention until retrieval is there, then the distillation loss beside it, then the choice
+    attention, with the distillation loss beside it once retrieval is there; they choose in evaluation only
     gradients into the stored keys and values in every other step: with none the model learns nothing, with all it
     drifts
     a key shift (the key of token t from the features of t - 1) for "SET key value": there the value would have to fetch
@@ -220,7 +220,7 @@ def evaluate(task: Task, model: Model, rows_at_once: int = 4) -> dict[int, list[
     return {d: [round(100 * x / (task.rows * NUM_QUERIES), 1) for x in count] for d, count in counts.items()}
 
 
-TAUGHT = {"steps": 400, "brute": 250, "distilled": (150, 400)}
+TAUGHT = {"steps": 400, "brute": 400, "distilled": (150, 400)}
 TASKS = {
     **{
         f"{summary}, chunks of {chunk_size}, {operator.replace('_', ' ')}": {
