@@ -22,7 +22,6 @@ setup(
     ],
     extras_require={
         "train": [*train, "matplotlib>=3.7", "tokenizers>=0.15"],
-        "transformers": ["transformers>=5"],
         "test": [*train, "pytest>=8", "hypothesis>=6.100"],
         "transformers": ["transformers>=5.23", "accelerate>=1.10"],
         "lm-eval": ["lm_eval>=0.4.13"],

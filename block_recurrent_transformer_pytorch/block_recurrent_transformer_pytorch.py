@@ -774,10 +774,20 @@ class Gate(nn.Module):
         dim: of the state.
         dim_source: of what the candidate is computed from.
         options: `Config.gate_options`.
+
+    Attributes:
+        is_noisy: whether `forward` takes `use_noise`, and draws random numbers where there is dropout.
     """
+
+    is_noisy = False
 
     def __init__(self, dim: int, dim_source: int) -> None:
         super().__init__()
+
+    def shares(self, source: Tensor, state: Tensor, mode: Mode) -> Shares:
+        """What it decides in a call."""
+        decided: Shares = self(source, state, use_noise=mode.use_dropout) if self.is_noisy else self(source, state)
+        return decided
 
     def forward(self, source: Tensor, state: Tensor) -> Shares:
         """source (b, s, dim_source), state (b, s, d) -> shares, each to be broadcast to (b, s, d)."""
@@ -860,12 +870,12 @@ class HardGate(Gate):
             raise ValueError(f"gate_options: noise must be at least 0, not {noise}")
         if per not in ("channel", "state"):
             raise ValueError(f"gate_options: per must be 'channel' or 'state', not {per!r}")
-        self.noise = noise
+        self.noise, self.is_noisy = noise, noise > 0
         self.to_write = GateLinear(dim_source, dim if per == "channel" else 1)
 
-    def forward(self, source: Tensor, state: Tensor) -> Shares:
+    def forward(self, source: Tensor, state: Tensor, use_noise: bool = False) -> Shares:
         logit = self.to_write(source).to(state.dtype) - 1
-        if self.training and self.noise:
+        if use_noise:
             logit = logit + self.noise * torch.randn_like(logit)
         write = (0.5 + logit / 4).clamp(0, 1)
         return Shares(1 - write, write)
@@ -888,8 +898,8 @@ class SkipUpdate(nn.Module):
         self.to_candidate = nn.Linear(dim_attended, config.dim, bias=config.candidate_bias)
         self.gate = make_gate(config, dim_attended)
 
-    def forward(self, state: Tensor, attended: Tensor) -> Tensor:
-        return mixed(state, self.to_candidate(attended), self.gate(attended, state))
+    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Tensor:
+        return mixed(state, self.to_candidate(attended), self.gate.shares(attended, state, mode))
 
 
 class DualUpdate(nn.Module):
@@ -903,10 +913,10 @@ class DualUpdate(nn.Module):
         self.to_candidate = nn.Linear(config.ff_dim, config.dim, bias=config.candidate_bias)
         self.gate = make_gate(config, config.ff_dim)
 
-    def forward(self, state: Tensor, attended: Tensor) -> Tensor:
-        state = self.attention(state, attended)
+    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Tensor:
+        state = self.attention(state, attended, mode)
         hidden = self.hidden(self.norm(state.to(attended.dtype)))
-        return mixed(state, self.to_candidate(hidden), self.gate(hidden, state))
+        return mixed(state, self.to_candidate(hidden), self.gate.shares(hidden, state, mode))
 
 
 class SingleUpdate(nn.Module):
@@ -918,9 +928,9 @@ class SingleUpdate(nn.Module):
         self.to_candidate = nn.Linear(config.ff_dim, config.dim, bias=config.candidate_bias)
         self.gate = make_gate(config, config.ff_dim)
 
-    def forward(self, state: Tensor, attended: Tensor) -> Tensor:
+    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Tensor:
         hidden = self.hidden(attended)
-        return mixed(state, self.to_candidate(hidden).tanh(), self.gate(hidden, state))
+        return mixed(state, self.to_candidate(hidden).tanh(), self.gate.shares(hidden, state, mode))
 
 
 UPDATES = {"skip": SkipUpdate, "dual": DualUpdate, "single": SingleUpdate}
@@ -943,6 +953,7 @@ class RecurrentCell(nn.Module):
         self.self_norm = ATTENTIONS[config.qk_norm](config)
         self.cross_norm = ATTENTIONS[config.qk_norm](config)
         self.update = UPDATES[config.state_update](config, 2 * inner)
+        self.is_noisy = any(isinstance(part, Gate) and part.is_noisy for part in self.update.modules())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -977,8 +988,9 @@ class RecurrentCell(nn.Module):
         return KV(self.self_norm.stored_state(k), v)
 
     def write(
-        self, state: Tensor, source: Tensor, state_k: Tensor, state_v: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> Tensor:
+        self, state: Tensor, source: Tensor, state_k: Tensor, state_v: Tensor, k: Tensor, v: Tensor,
+        mask: Tensor | None, mode: Mode,
+    ) -> Tensor:  # fmt: skip
         """The state after a block whose ready keys and values are k, v (b, g, j, e).
 
         source: the identified state; state_k, state_v: its keys and values.
@@ -986,7 +998,7 @@ class RecurrentCell(nn.Module):
         to_self, to_tokens = split_heads(self.to_q(source), 1, 2 * self.heads).chunk(2, dim=1)
         own = self.self_norm(self.self_norm.state_queries(to_self), state_k, state_v)
         others = self.cross_norm(self.cross_norm.queries(to_tokens), k, v, mask=mask)
-        new: Tensor = self.update(state, torch.cat((join_heads(own, 1), join_heads(others, 1)), dim=-1))
+        new: Tensor = self.update(state, torch.cat((join_heads(own, 1), join_heads(others, 1)), dim=-1), mode)
         return new
 
     def forward(self, state: Tensor, kv: KV, tokens: KV, mask: Tensor | None, mode: Mode) -> tuple[KV, Tensor]:
@@ -1003,8 +1015,9 @@ class RecurrentCell(nn.Module):
         """
         kvs, source = [kv], self.identified(state)
         blocks = list(zip(self.cross_norm.ready(tokens.k).unbind(1), tokens.v.unbind(1)))
+        write, draws = partial(self.write, mode=mode), mode.use_dropout and self.is_noisy
         for k, v in blocks:
-            state = mode.recomputed(self.write, state, source, *kvs[-1], k, v, mask)
+            state = mode.recomputed(write, state, source, *kvs[-1], k, v, mask, draws=draws)
             if len(kvs) < len(blocks):
                 source = self.identified(state)
                 kvs.append(self.kv_of(source))

@@ -20,7 +20,7 @@ Graves et al. 2014 (arXiv 1410.5401), gates that saturate those of Louizos et al
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class TokenGatedCell(nn.Module):
             Keys and values of the state as of the start of each block, (b, t, g, s, e), and the state after the last.
         """
         keys, features = self.features(tokens)
-        gates = self.gate(features, state).write  # (b, t, j, 1)
+        gates = cast(Any, self.gate).shares(features, state, mode).write  # (b, t, j, 1)
         q = unit(self.to_address(keys).unflatten(-1, (self.kv_heads, self.dim_head)).transpose(2, 3))
         blocks = list(zip(gates.unbind(1), q.unbind(1), self.to_value(features).unbind(1)))
         kvs = [kv]

@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import utils as generation
 from transformers.utils import ModelOutput
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, States, detach, select_rows
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Memories, States, detach, rotary, select_rows
 from block_recurrent_transformer_pytorch import block_recurrent_transformer_pytorch as core_module
 from block_recurrent_transformer_pytorch.checks import check_ids
 
@@ -142,7 +142,7 @@ class BlockRecurrentPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, core_module.XPos):
+        if isinstance(module, rotary.XPos):
             module.reset_tables()
             module.tables._is_hf_initialized = True  # type: ignore[attr-defined]
         elif callable(reset := getattr(module, "reset_parameters", None)):
