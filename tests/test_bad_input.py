@@ -141,6 +141,15 @@ CONFLICTS: list[tuple[dict[str, Any], tuple[object, ...]]] = [
     ({"rotary_base": 5.0, "positions": "t5"}, ("rotary_base=5.0", "'t5'")),
     ({"rotary_scaling": {"rope_type": "linear", "factor": 2.0}, "positions": "none"}, ("rotary_scaling", "'none'")),
     ({"unrotated_layers": (1,), "positions": "dynamic"}, ("unrotated_layers=(1,)", "'dynamic'")),
+    ({"state_update": "token_gated"}, ("state_update='token_gated'", "gate='hard'", "'fixed'")),
+    (
+        {"state_update": "token_gated", "gate": "hard", "state_reads_memory": True},
+        ("state_update='token_gated'", "state_reads_memory=True"),
+    ),
+    (
+        {"state_update": "token_gated", "gate": "hard", "enhanced_recurrence": True},
+        ("state_update='token_gated'", "enhanced_recurrence=True"),
+    ),
 ]
 
 

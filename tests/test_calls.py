@@ -221,6 +221,7 @@ def test_drops_do_not_follow_the_default_device_and_type() -> None:
 @pytest.mark.parametrize("n", [3, 40, 100])
 def test_torchs_dynamic_quantisation(variant: str, n: int) -> None:
     """Every ordinary map is replaced, and calls of any length work; maps of gates stay exact."""
+    torch.manual_seed(0)
     model = BlockRecurrentTransformer(**SIZES | VARIANTS[variant]).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -229,7 +230,7 @@ def test_torchs_dynamic_quantisation(variant: str, n: int) -> None:
     x = random_stream(2, n)
     with torch.no_grad():
         found, wanted = small(x)[0], model(x)[0]
-    assert (found - wanted).abs().max() < 0.3 * wanted.std()
+    assert (found - wanted).std() < 0.1 * wanted.std()
     assert small.generate(x, max_new_tokens=6).shape == (2, 6)
 
 

@@ -249,8 +249,9 @@ CHANGES: dict[str, tuple[dict, object]] = {
 }
 DROPOUTS = [field.name for field in fields(Config) if field.name.endswith("dropout")]
 SPEED = {"use_flash_attn": True, "use_checkpointing": True}
-ELSEWHERE = {  # not about what a model computes, or tested in test_extending.py
-    "num_tokens", "max_seq_len", "ignore_index", "init", "gate_options", *DROPOUTS, *SPEED,
+ELSEWHERE = {  # not about what a model computes, or tested in test_extending.py and test_token_gated.py
+    "num_tokens", "max_seq_len", "ignore_index", "init", "gate_options", "write_span", "matching_init", "embedding_std",
+    *DROPOUTS, *SPEED,
 }  # fmt: skip
 
 

@@ -826,7 +826,7 @@ REFUSED = {
     "--set dim=3": "--set dim: --dim instead",
     "--set num_tokens=3": "--set num_tokens: it cannot be chosen",
     "--set gaet=lstm": "--set gaet: the model has no such option; did you mean gate?",
-    "--set positions=xpso": "positions='xpso' must be one of 'xpos', 'dynamic', 't5', 'none'",
+    "--set positions=xpso": "positions='xpso' must be one of 'xpos', 'rotary', 'dynamic', 't5', 'none'",
     "--set num_xl_blocks=two": "num_xl_blocks='two'",
     "--set dim": "--set: 'dim' is not NAME=VALUE",
     "--set colour=3": "colour",
