@@ -1814,6 +1814,8 @@ class BlockRecurrentTransformer(nn.Module):
         batch, n, _ = embedded.shape
         if embedded.device != weight.device:
             raise ValueError(f"inputs_embeds is on {embedded.device}, the model is on {weight.device}")
+        if not torch.compiler.is_compiling():
+            self.check_devices()
         check_type("xl_memories", memories, Memories)
         check_type("states", states, States)
         if memories:
@@ -1823,6 +1825,17 @@ class BlockRecurrentTransformer(nn.Module):
         for name, rows in resets.items():
             check_rows(name, rows, batch, embedded.device, (torch.bool,))
         check_lengths(lengths, batch, n, embedded.device)
+
+    def check_devices(self) -> None:
+        """Raises a ValueError if layers are on another device than the embeddings, as those of `device_map` may be."""
+        own = self.token_emb.weight.device
+        for part in (self.layers[0], self.layers[-1]):
+            device = next((parameter.device for parameter in part.parameters()), own)
+            if device != own:
+                raise ValueError(
+                    f"the embeddings are on {own}, a layer is on {device}: memories travel through all layers, so the "
+                    "whole model must be on one device, without offloading"
+                )
 
     def check_memories(self, memories: Memories, batch: int) -> None:
         """Raises a ValueError if these are not memories of this model, for so many rows."""

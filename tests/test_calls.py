@@ -234,6 +234,13 @@ def test_torchs_dynamic_quantisation(variant: str, n: int) -> None:
     assert small.generate(x, max_new_tokens=6).shape == (2, 6)
 
 
+def test_a_model_on_several_devices_is_refused() -> None:
+    model = model_of()
+    model.layers[2].to("meta")
+    with pytest.raises(ValueError, match="the embeddings are on cpu, a layer is on meta: .*on one device"):
+        model(random_stream(1, 3))
+
+
 # ------------------------------------------------------------------------------------------------- ready for a GPU
 
 
