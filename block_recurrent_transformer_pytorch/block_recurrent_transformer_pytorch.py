@@ -360,11 +360,10 @@ def attend(
     if shared > 1:
         k, v = (x[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for x in (k, v))
     if use_flash:
-        is_square = n == k.shape[2]
-        bias = causal_lower_right(n, k.shape[2]) if causal and not is_square else mask
-        return F.scaled_dot_product_attention(
-            q, k, v, bias, dropout_p=dropout, is_causal=causal and is_square, scale=scale
-        )
+        if causal and n != k.shape[2]:  # a branch, and no bool kept: sizes may be symbolic
+            bias = causal_lower_right(n, k.shape[2])
+            return F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scale)
     logits = (q * scale) @ k.transpose(-1, -2)
     if causal:
         mask = torch.ones(n, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - n)
