@@ -1607,8 +1607,9 @@ class BlockRecurrentTransformer(nn.Module):
         targets = None
         if return_loss:
             x, targets = self.shifted(x, logits_to_keep, return_hidden)
-        if x is not None:
+        elif x is not None:
             x = check_ids(x, "x", self.token_emb.weight.device, self.config.num_tokens)
+        if x is not None:
             inputs_embeds = self.embed(x, use_dropout=use_dropout)
         assert inputs_embeds is not None
         if logits_to_keep is not None:

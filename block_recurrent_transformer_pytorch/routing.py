@@ -23,13 +23,14 @@ ring, c tokens of a chunk, u summaries of a chunk, k chosen chunks, m chosen tok
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .kernels import at_least_fp32, is_functional, without_autocast
 
 Operator: TypeAlias = Literal["coordinate_descent", "softmax", "top_k"]
 Pair: TypeAlias = tuple[Tensor, Tensor]  # keys and values
@@ -673,7 +674,7 @@ def slices(length: int, size: int) -> list[slice]:
 
 def recomputed(function: Callable[..., Pair]) -> Callable[..., Pair]:
     """`function`, of which the backward pass keeps the inputs alone."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_functional():
         return function
 
     def run(*inputs: Any) -> Pair:
@@ -681,12 +682,3 @@ def recomputed(function: Callable[..., Pair]) -> Callable[..., Pair]:
         return result
 
     return run
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    has_any = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if has_any else nullcontext()
