@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from block_recurrent_transformer_pytorch.routing import RoutedKind, RoutedMemory
+from block_recurrent_transformer_pytorch.routing import Router, Store
 
 NUM_KEYS, NUM_VALUES, NUM_FILLER = 256, 64, 64
 SET, GET, KEYS = 0, 1, 2
@@ -85,16 +85,16 @@ def examples(task: Task, batch: int, bare: float, generator: torch.Generator) ->
     return tokens, torch.stack([torch.full_like(keys, GET), keys, values], -1), (at + 2) // task.chunk_size
 
 
-class RandomChoice(RoutedKind):
+class RandomChoice(Router):
     """A control: chunks are chosen by lot."""
 
-    def scores(self, value: RoutedMemory, queries: Tensor, seen: Tensor) -> Tensor:
+    def scores(self, value: Store, queries: Tensor, seen: Tensor) -> Tensor:
         scores = super().scores(value, queries, seen)
         return torch.where(scores == float("-inf"), scores, torch.rand_like(scores))
 
 
-def routed_memory(task: Task, capacity: int) -> RoutedKind:
-    kind = RandomChoice if task.router == "random" else RoutedKind
+def routed_memory(task: Task, capacity: int) -> Router:
+    kind = RandomChoice if task.router == "random" else Router
     return kind(
         kv_heads=1,
         dim_head=32,
@@ -153,11 +153,11 @@ class Model(nn.Module):
         before = F.pad(y, (0, 0, 1, 0))[:, :-1] if self.shift else y
         return self.to_k(before)[:, None], self.to_v(y)[:, None]
 
-    def remember(self, memory: RoutedMemory, tokens: Tensor, **options: bool) -> RoutedMemory:
+    def remember(self, memory: Store, tokens: Tensor, **options: bool) -> Store:
         return self.routed.append(memory, self.keys_and_values(self.features(tokens)[1]), **options)[1]
 
     def answer(
-        self, memory: RoutedMemory, before: Tensor, questions: Tensor, **options: bool
+        self, memory: Store, before: Tensor, questions: Tensor, **options: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Questions (b, q, 3) after tokens (b, n): logits (b, q, v), distillation losses, chosen slots (b, q, k)."""
         b, n = before.shape
