@@ -32,6 +32,7 @@ e dim_head.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ from .kernels import (
 )
 from .losses import Reduction, cross_entropy
 from .rotary import ROTARIES, Rotary, frequencies
-from .routing import Reading, Router, Store
+from .routing import Operator, Reading, Router, Store
 from .spans import Shape, Span, in_order, make_plan, take
 from .token_gated import TokenGatedCell
 
@@ -730,8 +731,8 @@ class RoutedMemory(MemoryKind):
         training: what is attended to in training, the "chosen" chunks or "all" (which teaches a router at first).
         gradient_rate: the share of rows, drawn in each training call, whose stored keys and values get a gradient.
         dtype: "float32", "bfloat16", ...; default that of the model.
-        positions: "none" or "rotary", with the frequencies of the config.
-        options: capacity, chunk_size, num_chosen, operator, temperature, summary, num_summaries and key_shift of
+        positions: "none", or "rotary" with the frequencies of the config.
+        capacity, chunk_size, num_chosen, operator, temperature, summary, num_summaries, key_shift: those of
             `routing.Router`.
     """
 
@@ -739,22 +740,28 @@ class RoutedMemory(MemoryKind):
 
     def __init__(
         self, config: Config, layer: int, *, training: Literal["chosen", "all"] = "chosen", gradient_rate: float = 1.0,
-        dtype: str | None = None, positions: Literal["none", "rotary"] = "none", **options: Any,
+        dtype: str | None = None, positions: Literal["none", "rotary"] = "none", capacity: int = 262_144,
+        chunk_size: int = 16, num_chosen: int = 8, operator: Operator = "coordinate_descent", temperature: float = 1.0,
+        summary: Literal["mean", "gate"] = "mean", num_summaries: int = 1, key_shift: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(config, layer)
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"extra_memories['routed']: dtype={dtype!r} is no type of torch, such as 'bfloat16'")
         if training not in ("chosen", "all"):
             raise ValueError(f"extra_memories['routed']: training must be 'chosen' or 'all', not {training!r}")
         if not 0 <= gradient_rate <= 1:
             raise ValueError(f"extra_memories['routed']: gradient_rate must be from 0 to 1, not {gradient_rate}")
         self.attends_to_all, self.gradient_rate = training == "all", gradient_rate
-        if positions == "rotary":
+        turns, growth = None, 1.0
+        if positions == "rotary" and config.dim_head % 2 == 0:
             turns, growth = frequencies(config.dim_head, config.rotary_base, config.rotary_scaling, torch.device("cpu"))
-            options = options | {"frequencies": turns, "growth": growth}
         self.router = Router(
             kv_heads=config.kv_heads, dim_head=config.dim_head, block_width=config.block_width,
-            max_blocks=max(1, config.max_seq_len // config.block_width),
-            scale=ATTENTIONS[config.qk_norm_of_tokens(layer)](config).scale, positions=positions,
-            dtype=None if dtype is None else getattr(torch, dtype), **options,
+            capacity=capacity, chunk_size=chunk_size, num_chosen=num_chosen, operator=operator,
+            temperature=temperature, summary=summary, num_summaries=num_summaries, key_shift=key_shift,
+            max_blocks=config.max_seq_len // config.block_width, positions=positions, frequencies=turns, growth=growth,
+            scale=ATTENTIONS[config.qk_norm_of_tokens(layer)](config).scale,
+            dtype=None if dtype is None else getattr(torch, dtype),
         )  # fmt: skip
 
     def empty(self, batch: int, like: Tensor) -> Store:
@@ -1164,6 +1171,10 @@ class TransformerBlock(nn.Module):
         for name, options in config.extra_memories.items():
             if layer in config.extra_layers(name):
                 own = {option: value for option, value in options.items() if option != "layers"}
+                try:
+                    inspect.signature(MEMORIES[name]).bind(config, layer, **own)
+                except TypeError as error:
+                    raise ValueError(f"extra_memories[{name!r}]: {error}") from error
                 kind: MemoryKind = MEMORIES[name](config, layer, **own)
                 kind.name = name
                 self.extra[name] = kind
@@ -1236,7 +1247,8 @@ class TransformerBlock(nn.Module):
             own_kv, state = self.updated(self.cell, state, state_kv, taken.for_states, span, mode)
             if self.is_own_read:
                 reads = (own_kv, *reads)
-        memory, losses = taken.memory, {}
+        memory = taken.memory
+        losses: dict[str, Tensor] = {}
         if self.routed is None:
             own = self.self_attention(q, taken.keys, visibility, t, mode)
         else:

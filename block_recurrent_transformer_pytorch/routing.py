@@ -341,8 +341,8 @@ class Router(nn.Module):
             readings.append(
                 self.read(value, seen, q[:, :, some], near, hides, far_q=far, router_q=router, **options)
             )
-        out, losses, chunks, seen = zip(*readings)
-        return Reading(torch.cat(out, 2), torch.cat(losses, 2), torch.cat(chunks, 2), torch.cat(seen, 1)), value
+        out, losses, chunks = (torch.cat([reading[i] for reading in readings], 2) for i in range(3))
+        return Reading(out, losses, chunks, torch.cat([reading.seen for reading in readings], 1)), value
 
     # ------------------------------------------------------------------------------------------------------- the store
 

@@ -165,7 +165,8 @@ CASES: dict[str, dict] = {
 
 def stream_of_case(case: str) -> Tensor:
     """Two rows of a few blocks; longer where memories fill slowly and where the logarithmic buckets of T5 begin."""
-    return random_stream(2, 26 if any(word in case for word in ("compressed", "far", "sinks", "pretrained", "routed")) else 13)
+    slow = ("compressed", "far", "sinks", "pretrained", "routed")
+    return random_stream(2, 26 if any(word in case for word in slow) else 13)
 
 
 def oracle_says(model: BlockRecurrentTransformer, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
