@@ -451,7 +451,7 @@ class Router(nn.Module):
             grouped = queries.to(summaries.dtype).view(b, self.kv_heads, -1, t * w, e).mean(2) * self.scale
             scores = grouped @ summaries.flatten(2, 3).transpose(2, 3)  # (b, g, t w, p u)
         scores = scores.view(b, self.kv_heads, t, w, -1, summaries.shape[3])
-        scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores.amax(-1)
+        scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores.max(-1).values
         return scores.masked_fill(~self.visible(value, seen)[:, None, :, None], float("-inf"))
 
     def choose(self, value: Store, queries: Tensor, seen: Tensor) -> Chosen:
