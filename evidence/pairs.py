@@ -122,7 +122,7 @@ class RandomRouter(Router):
         return torch.where(scores == float("-inf"), scores, torch.rand_like(scores))
 
 
-# -------------------------------------------------------------------------------------------------------------- the task
+# ------------------------------------------------------------------------------------------------------------- the task
 
 
 def filler(shape: tuple[int, ...], bare: float, draw: torch.Generator) -> Tensor:
@@ -256,11 +256,11 @@ def answered(results: list[dict[str, Any]]) -> dict[int, list[int]]:
 HEAD = f"""
 ## {NUM_PAIRS} pairs through routed memory
 
-Measured by `python -m evidence pairs`: {NUM_PAIRS} pairs in {WRITTEN:,} tokens, read through the routed memory of the
-upper of two layers (width 64, blocks of {BLOCK} tokens), which every token reads; 4 chunks chosen, at 262,144 tokens
-of {262_144 // 8:,} chunks of 8. Trained on {LENGTH:,} tokens. Accuracy among {NUM_VALUES} values in percent (a guess is right in
-{100 / NUM_VALUES:.1f}), over all seeds, with 95 % intervals (Wilson), then every seed by itself; each stream is asked for all
-{NUM_PAIRS} of its pairs.
+Measured by `python -m evidence pairs`. {NUM_PAIRS} pairs in {WRITTEN:,} tokens are read through the routed memory of
+the upper of two layers (width 64, blocks of {BLOCK} tokens). Every token of it chooses 4 chunks; after 262,144 tokens
+there are {262_144 // 8:,} of 8 tokens to choose from. Trained on {LENGTH:,} tokens. Accuracy among
+{NUM_VALUES} values in percent (a guess is right in {100 / NUM_VALUES:.1f}) over all seeds, with 95 % intervals (Wilson), then every seed by itself.
+Each stream is asked for all {NUM_PAIRS} of its pairs.
 """
 
 
