@@ -259,8 +259,8 @@ HEAD = f"""
 Measured by `python -m evidence pairs`. {NUM_PAIRS} pairs in {WRITTEN:,} tokens are read through the routed memory of
 the upper of two layers (width 64, blocks of {BLOCK} tokens). Every token of it chooses 4 chunks; after 262,144 tokens
 there are {262_144 // 8:,} of 8 tokens to choose from. Trained on {LENGTH:,} tokens. Accuracy among
-{NUM_VALUES} values in percent (a guess is right in {100 / NUM_VALUES:.1f}) over all seeds, with 95 % intervals (Wilson), then every seed by itself.
-Each stream is asked for all {NUM_PAIRS} of its pairs.
+{NUM_VALUES} values in percent (a guess is right in {100 / NUM_VALUES:.1f}) over all seeds, with 95 % intervals
+(Wilson), then every seed by itself. Each stream is asked for all {NUM_PAIRS} of its pairs.
 """
 
 
