@@ -731,7 +731,7 @@ class RoutedMemory(MemoryKind):
         training: what is attended to in training, the "chosen" chunks or "all" (which teaches a router at first).
         gradient_rate: the share of rows, drawn in each training call, whose stored keys and values get a gradient.
         dtype: "float32", "bfloat16", ...; default that of the model.
-        positions: "none", or "rotary" with the frequencies of the config.
+        positions: "none", or "rotary" with the frequencies of the config, but in `unrotated_layers`.
         capacity, chunk_size, num_chosen, operator, temperature, summary, num_summaries, key_shift: those of
             `routing.Router`.
     """
@@ -753,6 +753,7 @@ class RoutedMemory(MemoryKind):
             raise ValueError(f"extra_memories['routed']: gradient_rate must be from 0 to 1, not {gradient_rate}")
         self.attends_to_all, self.gradient_rate = training == "all", gradient_rate
         turns, growth = None, 1.0
+        positions = "none" if layer in config.unrotated_layers else positions
         if positions == "rotary" and config.dim_head % 2 == 0:
             turns, growth = frequencies(config.dim_head, config.rotary_base, config.rotary_scaling, torch.device("cpu"))
         self.router = Router(
@@ -1604,7 +1605,8 @@ class BlockRecurrentTransformer(nn.Module):
     @typechecked
     def from_llama(
         cls, path_or_model: str | Path | nn.Module, *, block_width: int, num_xl_blocks: int, sink_tokens: int = 4,
-        recurrent_layers: Sequence[int] = (), dtype: torch.dtype | None = None, **options: Any,
+        recurrent_layers: Sequence[int] = (), routed_layers: Sequence[int] = (),
+        routed: Mapping[str, Any] = MappingProxyType({}), dtype: torch.dtype | None = None, **options: Any,
     ) -> BlockRecurrentTransformer:  # fmt: skip
         """A pretrained Llama, Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3 or Phi-3 that reads a stream of any length.
 
@@ -1616,6 +1618,8 @@ class BlockRecurrentTransformer(nn.Module):
             block_width, num_xl_blocks: a token sees the tokens before it in its block, and so many blocks before.
             sink_tokens: first tokens of the stream that stay (`SinkMemory`); 0 for none.
             recurrent_layers: layers that get a state.
+            routed_layers: layers whose tokens also choose from what left the window, which needs no training.
+            routed: options of that memory (`RoutedMemory`) other than `llama.ROUTED`.
             dtype: of the weights; default that of the source.
             options: further fields of `Config` that do not follow from the pretrained model.
 
@@ -1627,7 +1631,7 @@ class BlockRecurrentTransformer(nn.Module):
 
         return from_llama(
             cls, path_or_model, block_width=block_width, num_xl_blocks=num_xl_blocks, sink_tokens=sink_tokens,
-            recurrent_layers=recurrent_layers, dtype=dtype, **options,
+            recurrent_layers=recurrent_layers, routed_layers=routed_layers, routed=routed, dtype=dtype, **options,
         )  # fmt: skip
 
     def new_parameters(self) -> dict[str, nn.Parameter]:

@@ -14,9 +14,10 @@ in one file or several), for which transformers need not be installed. Layout of
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -44,6 +45,10 @@ NEEDED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps",
 )  # fmt: skip
 UNUSED = ("rotary_emb.inv_freq",)  # ends of names of old checkpoints: tables that follow from the config
+ROUTED: dict[str, Any] = {  # what finds the most without training: docs/evidence.md
+    "positions": "rotary", "operator": "top_k", "chunk_size": 8, "num_chosen": 32, "num_summaries": 2,
+    "capacity": 65_536,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -51,7 +56,8 @@ UNUSED = ("rotary_emb.inv_freq",)  # ends of names of old checkpoints: tables th
 
 def from_llama(
     cls: type[BlockRecurrentTransformer], source: StrPath | nn.Module, *, block_width: int, num_xl_blocks: int,
-    sink_tokens: int = 4, recurrent_layers: Sequence[int] = (), dtype: torch.dtype | None = None, **options: Any,
+    sink_tokens: int = 4, recurrent_layers: Sequence[int] = (), routed_layers: Sequence[int] = (),
+    routed: Mapping[str, Any] = MappingProxyType({}), dtype: torch.dtype | None = None, **options: Any,
 ) -> BlockRecurrentTransformer:  # fmt: skip
     """See `BlockRecurrentTransformer.from_llama`."""
     content, weights, name = read_source(source)
@@ -67,7 +73,10 @@ def from_llama(
         "max_seq_len": -(-1024 // block_width) * block_width if block_width > 0 else 1024, "use_flash_attn": True,
         "attn_dropout": float(content.get("attention_dropout") or 0),
     }  # fmt: skip
-    options["extra_memories"] = sinks | options.get("extra_memories", {})
+    if routed and not routed_layers:
+        raise ValueError(f"routed={dict(routed)} is for routed_layers, and none were given")
+    store = {"routed": {"layers": tuple(routed_layers), **ROUTED, **routed}} if routed_layers else {}
+    options["extra_memories"] = sinks | store | options.get("extra_memories", {})
     config = Config(**theirs | own | options)
     entries = Entries({name: moved_to(dtype, tensor) for name, tensor in weights.items()}, name)
     for layer in range(1, config.depth + 1):
@@ -373,7 +382,8 @@ def family_of(config: Config) -> str:
     """The model_type that has the options of a config."""
     of_tokens = {config.qk_norm_of_tokens(layer) for layer in range(1, config.depth + 1)}
     scale = config.logit_scale or (config.dim**-0.5 if config.tie_embeddings else 1.0)
-    further = sorted(set(config.extra_memories) - {"sinks"})
+    has_weights = config.extra_memories.get("routed", {}).get("summary") == "gate"
+    further = sorted(set(config.extra_memories) - ({"sinks"} if has_weights else {"sinks", "routed"}))
     wanted = {"positions": "rotary", "ff_activation": "swiglu", "norm": "rms", "empty_memory": "masked",
               "attention_window": "blocks", "enhanced_recurrence": False, "use_compressed_mem": False}  # fmt: skip
     wrong = [f"{name}={getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]

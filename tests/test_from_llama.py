@@ -77,6 +77,28 @@ def test_a_model_goes_to_a_folder_and_comes_back(kind: str, tmp_path: Path) -> N
         assert ours.config.extra_memories == {"sinks": {"tokens": 4}}
 
 
+@torch.no_grad()
+def test_routed_layers_change_nothing_before_something_left_the_window(folder: Path, tmp_path: Path) -> None:
+    tokens = random_stream(1, 12)
+    expected = BlockRecurrentTransformer.from_llama(folder, **WINDOW)(tokens)[0]
+    routed = {"chunk_size": 2, "num_chosen": 2, "capacity": 16}
+    ours = BlockRecurrentTransformer.from_llama(folder, **WINDOW, routed_layers=(1, 3), routed=routed)
+    assert_same(ours(tokens)[0], expected, 1e-12)
+    assert ours.config.extra_memories["routed"]["layers"] == (1, 3)
+    assert ours.layer(2).routed is None and ours.layer(3).routed is not None and not new_parameters(ours)
+    far = random_stream(1, 40)
+    assert (ours(far)[0] - BlockRecurrentTransformer.from_llama(folder, **WINDOW)(far)[0]).abs().max() > 1e-3
+    to_llama(ours, tmp_path / "home")
+    assert torch.equal(load_file(tmp_path / "home/model.safetensors")["model.norm.weight"], ours.norm.weight)
+    with pytest.raises(ValueError, match="is for routed_layers, and none were given"):
+        BlockRecurrentTransformer.from_llama(folder, **WINDOW, routed=routed)
+    gated = routed | {"summary": "gate", "num_summaries": 1}
+    learned = BlockRecurrentTransformer.from_llama(folder, **WINDOW, routed_layers=(2,), routed=gated)
+    assert list(new_parameters(learned)) == ["layers.1.extra.routed.router.gate"]
+    with pytest.raises(ValueError, match=r"extra_memories=\['routed'\]"):
+        to_llama(learned, tmp_path / "away")
+
+
 def test_reading_a_folder_needs_no_transformers(folder: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\n"

@@ -140,6 +140,25 @@ def test_logits_are_those_of_transformers(case: str, recurrent_layers: tuple[int
     assert error(second, torch.stack([expected[0, 11:14], expected[1, 29:]])) <= 1e-9
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "sliding" not in case])
+@torch.no_grad()
+def test_all_chunks_are_the_pretrained_model_beyond_its_window(case: str) -> None:
+    """With routed layers everywhere that choose everything, however the text is cut."""
+    theirs = theirs_of(case)
+    routed = {"chunk_size": 4, "num_chosen": 16, "capacity": 64}
+    ours = BlockRecurrentTransformer.from_llama(
+        theirs, block_width=8, num_xl_blocks=1, sink_tokens=0, routed=routed,
+        routed_layers=range(1, theirs.config.num_hidden_layers + 1),
+    )  # fmt: skip
+    tokens = tokens_of(60)
+    expected = in_float64(theirs)(tokens).logits
+    assert error(ours(tokens)[0], expected) <= 1e-9
+    first, memories, states = ours(tokens[:, :21])
+    assert error(ours(tokens[:, 21:], xl_memories=memories, states=states)[0], expected[:, 21:]) <= 1e-9
+    windowed = BlockRecurrentTransformer.from_llama(theirs, block_width=8, num_xl_blocks=1, sink_tokens=0)
+    assert error(windowed(tokens)[0], expected) > 1e-3
+
+
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_a_folder_is_the_model_in_memory(case: str, tmp_path: Path) -> None:
