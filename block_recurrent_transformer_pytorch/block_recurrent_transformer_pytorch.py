@@ -725,7 +725,8 @@ class RoutedMemory(MemoryKind):
     """A store of what left the XL memory, in which each query finds the few chunks that it reads: routing.py.
 
     It puts no entries in front of the block. Its layer attends to the window and to the chosen chunks in one softmax,
-    to the latter with queries and keys that are not turned by their positions unless `positions` is "rotary".
+    to the latter with queries and keys that are not turned by their positions unless `positions` is "rotary". The
+    chunks that hold the tokens of sinks are not chosen.
 
     Args:
         training: what is attended to in training, the "chosen" chunks or "all" (which teaches a router at first).
@@ -760,10 +761,17 @@ class RoutedMemory(MemoryKind):
             kv_heads=config.kv_heads, dim_head=config.dim_head, block_width=config.block_width,
             capacity=capacity, chunk_size=chunk_size, num_chosen=num_chosen, operator=operator,
             temperature=temperature, summary=summary, num_summaries=num_summaries, key_shift=key_shift,
-            max_blocks=config.max_seq_len // config.block_width, positions=positions, frequencies=turns, growth=growth,
+            num_skipped=-(-self.tokens_of_sinks(config, layer) // chunk_size), frequencies=turns, growth=growth,
+            max_blocks=config.max_seq_len // config.block_width, positions=positions,
             scale=ATTENTIONS[config.qk_norm_of_tokens(layer)](config).scale,
             dtype=None if dtype is None else getattr(torch, dtype),
         )  # fmt: skip
+
+    @staticmethod
+    def tokens_of_sinks(config: Config, layer: int) -> int:
+        """First tokens of the stream that the layer keeps as sinks: they must not be attended to twice."""
+        has_sinks = "sinks" in config.extra_memories and layer in config.extra_layers("sinks")
+        return int(config.extra_memories["sinks"].get("tokens", 4)) if has_sinks else 0
 
     def empty(self, batch: int, like: Tensor) -> Store:
         return self.router.empty(batch, like)
@@ -1294,7 +1302,8 @@ class TransformerBlock(nn.Module):
         )  # fmt: skip
         losses = {}
         if "distillation" in mode.auxiliary:
-            losses["distillation"] = summed(reading.distillation, (reading.seen > 0)[:, None, :, None], span)
+            can_choose = (reading.seen > routed.router.num_skipped)[:, None, :, None]
+            losses["distillation"] = summed(reading.distillation, can_choose, span)
         return rearrange(reading.out, "b h t n e -> (b t) h n e"), store, losses
 
     def hidden_keys(self, visibility: Visibility, q: Tensor) -> Tensor | None:

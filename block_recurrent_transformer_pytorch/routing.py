@@ -227,6 +227,7 @@ class Router(nn.Module):
         operator, temperature: How scores become shares.
         summary: The mean of keys, or their mean weighted by softmax(w . key) with learned w ("gate").
         num_summaries: Summaries of a chunk, each of chunk_size / num_summaries keys; chunk_size: the keys themselves.
+        num_skipped: Chunks at the beginning of a stream that are not chosen: other memories keep them.
         key_shift: The key of a token is that of the token before it: what follows a key is found by it.
         positions, frequencies: No positions; or rotary ones, with (e / 2,) radians a token, else 10000^(-2i/e).
         growth: Factor of turned queries and keys, which yarn has.
@@ -253,6 +254,7 @@ class Router(nn.Module):
         temperature: float = 1.0,
         summary: Literal["mean", "gate"] = "mean",
         num_summaries: int = 1,
+        num_skipped: int = 0,
         key_shift: bool = False,
         positions: Literal["none", "rotary"] = "none",
         frequencies: Tensor | None = None,
@@ -260,7 +262,7 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.key_shift, self.growth = key_shift, growth
+        self.key_shift, self.growth, self.num_skipped = key_shift, growth, num_skipped
         self.kv_heads, self.dim_head, self.block_width = kv_heads, dim_head, block_width
         self.chunk_size, self.num_chosen, self.max_blocks = chunk_size, num_chosen, max_blocks
         self.num_summaries, self.positions, self.dtype = num_summaries, positions, dtype
@@ -441,7 +443,7 @@ class Router(nn.Module):
     def visible(self, value: Store, seen: Tensor) -> Tensor:
         """Which slots a block may choose when `seen` (b, t) chunks had been stored, (b, t, p) bool."""
         numbers, seen = self.numbers(value)[:, None], seen[:, :, None]
-        return (numbers >= (seen - self.num_visible).clamp(min=0)) & (numbers < seen)
+        return (numbers >= (seen - self.num_visible).clamp(min=self.num_skipped)) & (numbers < seen)
 
     def scores(self, value: Store, queries: Tensor, seen: Tensor) -> Tensor:
         """The score of every chunk for every query (b, h, t, w, e), (b, g, t, w, p); -inf for what is not visible."""

@@ -314,7 +314,9 @@ class Oracle:
         config, options = self.config, self.config.extra_memories["routed"]
         norm, name = self.qk_norm_of_tokens(layer), f"layers.{layer - 1}.heads_norm"
         store, size = self.store[layer], options.get("chunk_size", 16)
-        chunks = [store[i : i + size] for i in range(0, len(store), size)][-(options["capacity"] // size) :]
+        sinks = config.extra_memories["sinks"]["tokens"] if layer in self.sink_layers else 0
+        first = max(-(-sinks // size), (len(store) - options["capacity"]) // size)
+        chunks = [store[i : i + size] for i in range(first * size, len(store), size)]
         far_q = self.turned(self.met(q, "q", layer), len(store) + len(self.xl[layer]) + len(self.block[layer]) - 1)
         scale = {"channel": config.qk_norm_scale, "head": 1.0}.get(norm, config.dim_head**-0.5)
         shared_by, outputs = config.heads // config.kv_heads, []
