@@ -441,7 +441,7 @@ class FileTokenizer:
                 break
             text = piece.decode("utf-8", "replace")
             offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-            before = _ends([len(character.encode()) for character in text])  # bytes before each character
+            before = _ends(np.array([len(character.encode()) for character in text], np.int64))  # bytes
             starts.append(size + before[np.array([start for start, _ in offsets], np.int64)])
             texts.append(text.encode())
             size += len(texts[-1])

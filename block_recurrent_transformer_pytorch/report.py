@@ -1,8 +1,8 @@
 """One page to look at instead of tables: a text, coloured by what each memory gave it, and the memory over time.
 
-    text = report.spell(documents, tokenizer, corpus, most=2**18)          # bytes, tokens, documents
-    nats = {"carried": ..., "state reset": ..., "no XL memory": ..., "neither": ...}    # of each token, from evaluate.py
-    report.write("report.html", "my run", model, text, nats, positions, note)
+    text = report.spell(documents, tokenizer, corpus, most=2**17)                 # bytes, tokens, documents
+    nats = {"carried": ..., "state reset": ..., "no XL memory": ..., "neither": ...}    # what each token lost
+    report.write("report.html", "my run", model, text, nats, positions, note)           # as evaluate.py does
 
 What a memory gave a token is the loss without it, minus the loss with it, in bits. That is DEPENDENCE, not worth: the
 model learned to rely on what is taken from it here. The page says so.
@@ -20,6 +20,7 @@ import base64
 import html
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -154,7 +155,7 @@ def colourings(
 
 @dataclass
 class Inside:
-    """What happened in a model while it read, an entry (blocks, ...) for each call. Blocks that are not full are nan."""
+    """What happened in a model, an entry (blocks, ...) for each call, nan for blocks that are not full."""
 
     first_tokens: list[int] = field(default_factory=list)  # of each block
     attention: dict[str, list[Floats]] = field(default_factory=dict)
@@ -162,7 +163,8 @@ class Inside:
     of these weights, (blocks, s + 1)."""
     states: dict[str, list[Floats]] = field(default_factory=dict)
     """By layer: QUANTILES over the states of their lengths, then of their movements, (blocks, 6)."""
-    log_keep: dict[str, Tensor] = field(default_factory=dict)  # by layer and gate: the sum over blocks, (s or 1, d or 1)
+    log_keep: dict[str, Tensor] = field(default_factory=dict)
+    """By layer and gate: the sum over the full blocks, (s or 1, d or 1)."""
     full_blocks: int = 0
 
 
@@ -179,7 +181,7 @@ def look(
     segment = max(1, TOKENS_AT_ONCE // width) * width
     for document in text.split_documents(model.token_emb.weight.device):
         memories = states = None
-        for tokens in F.pad(document, (1, -1)).split(segment):  # the last token is not read
+        for tokens in torch.split(F.pad(document, (1, -1)), segment):  # the last token is not read
             with inspecting(model) as seen:
                 _, memories, states = model(tokens[None], xl_memories=memories, states=states, logits_to_keep=1)
             inside.first_tokens += range(read, read + len(tokens), width)
@@ -223,7 +225,7 @@ def note_gates(inside: Inside, layer: int, record: LayerRecord, full_blocks: int
     gates = len(shares) // max(full_blocks, 1)
     for index in range(gates):
         logs = torch.stack(shares[index::gates]).double().cpu().log().sum(0)
-        logs = logs.expand(torch.broadcast_shapes(logs.shape, (1, 1, 1)))[0]
+        logs = logs.reshape((1,) * (3 - logs.ndim) + logs.shape)[0]
         name = named(layer, "gate", index, gates)
         inside.log_keep[name] = logs + inside.log_keep.get(name, 0)
 
@@ -285,7 +287,8 @@ def inside_facts(inside: Inside, sections: dict[str, str]) -> dict[str, Any]:
     """What happened inside, for the page's script; maps of attention go into `sections`."""
     columns = min(COLUMNS, len(inside.first_tokens))
     first_tokens = [inside.first_tokens[-(-column * len(inside.first_tokens) // columns)] for column in range(columns)]
-    attention, gates, states = [], [], []
+    attention: list[dict[str, Any]] = []
+    gates, states = [], []
     for name, entries in inside.attention.items():
         means = in_columns(np.concatenate(entries), columns)  # (columns, s + 1)
         steps, largest = quantised(means[:, :-1].T, 255)
@@ -305,6 +308,12 @@ def inside_facts(inside: Inside, sections: dict[str, str]) -> dict[str, Any]:
         means = in_columns(np.concatenate(entries), columns).T  # (6, columns)
         states.append({"name": name, "length": numbers(means[:3]), "movement": numbers(means[3:])})
     return {"columns": first_tokens, "attention": attention, "gates": gates, "states": states}
+
+
+def shortened(documents: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Names without the folder that all of them are in."""
+    shared = len(os.path.commonpath([os.path.dirname(name) for name, _ in documents]))
+    return [(name[shared:].lstrip("/"), first) for name, first in documents]
 
 
 def make_page(
@@ -330,7 +339,7 @@ def make_page(
         sections["lengths"] = packed(lengths.astype(np.uint32))
     facts = {
         "title": title, "about": about, "note": note, "blockWidth": block_width, "tokens": len(lengths),
-        "bytes": num_bytes, "documents": text.documents, "colourings": shown, "ways": list(ways),
+        "bytes": num_bytes, "documents": shortened(text.documents), "colourings": shown, "ways": list(ways),
         "positions": [[*row[:3], *numbers(row[3:])] for row in positions], **inside,
     }  # fmt: skip
     data = [("facts", "application/json", json.dumps(facts).replace("<", "\\u003c"))]
