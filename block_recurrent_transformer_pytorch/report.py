@@ -163,7 +163,7 @@ class Inside:
     of these weights, (blocks, s + 1)."""
     states: dict[str, list[Floats]] = field(default_factory=dict)
     """By layer: QUANTILES over the states of their lengths, then of their movements, (blocks, 6)."""
-    log_keep: dict[str, Tensor] = field(default_factory=dict)
+    keep: dict[str, Tensor] = field(default_factory=dict)
     """By layer and gate: the sum over the full blocks, (s or 1, d or 1)."""
     full_blocks: int = 0
 
@@ -187,7 +187,8 @@ def look(
             inside.first_tokens += range(read, read + len(tokens), width)
             for layer, record in seen.items():
                 note_attention(inside, layer, record, len(model.layer(layer).read_norm))
-                note_states(inside, layer, record, blocks=-(-len(tokens) // width))
+                if layer in model.cells:
+                    note_states(inside, layer, record, blocks=-(-len(tokens) // width))
                 note_gates(inside, layer, record, len(tokens) // width)
             inside.full_blocks += len(tokens) // width
             read += len(tokens)
@@ -210,13 +211,12 @@ def note_attention(inside: Inside, layer: int, record: LayerRecord, reads: int) 
 
 
 def note_states(inside: Inside, layer: int, record: LayerRecord, blocks: int) -> None:
-    if not record.state_norm:
-        return
-    levels = torch.tensor(QUANTILES, dtype=torch.float64)
-    measures = (torch.cat(one).double().cpu() for one in (record.state_norm, record.write_size))  # (full blocks, s)
-    rows = torch.cat([one.quantile(levels, dim=1).T for one in measures], dim=1)
-    padded = F.pad(rows, (0, 0, 0, blocks - len(rows)), value=math.nan).float().numpy()
-    inside.states.setdefault(f"layer {layer}", []).append(padded)
+    rows = torch.full((blocks, 2 * len(QUANTILES)), math.nan, dtype=torch.float64)
+    if record.state_norm:
+        levels = torch.tensor(QUANTILES, dtype=torch.float64)
+        measures = [torch.cat(one).double().cpu() for one in (record.state_norm, record.write_size)]  # (full blocks, s)
+        rows[: len(measures[0])] = torch.cat([one.quantile(levels, dim=1).T for one in measures], dim=1)
+    inside.states.setdefault(f"layer {layer}", []).append(rows.float().numpy())
 
 
 def note_gates(inside: Inside, layer: int, record: LayerRecord, full_blocks: int) -> None:
@@ -224,15 +224,15 @@ def note_gates(inside: Inside, layer: int, record: LayerRecord, full_blocks: int
     shares = [keep for keep in record.keep if keep.ndim < 4]
     gates = len(shares) // max(full_blocks, 1)
     for index in range(gates):
-        logs = torch.stack(shares[index::gates]).double().cpu().log().sum(0)
-        logs = logs.reshape((1,) * (3 - logs.ndim) + logs.shape)[0]
+        total = torch.stack(shares[index::gates]).double().cpu().sum(0)
+        total = total.reshape((1,) * (3 - total.ndim) + total.shape)[0]
         name = named(layer, "gate", index, gates)
-        inside.log_keep[name] = logs + inside.log_keep.get(name, 0)
+        inside.keep[name] = total + inside.keep.get(name, 0)
 
 
-def half_lives(log_keep: Tensor) -> Tensor:
-    """Blocks after which half of an old value is left, ln 0.5 / ln k, from ln k; inf where all is kept."""
-    return math.log(0.5) / log_keep.clamp(max=0)
+def half_lives(keep: Tensor) -> Tensor:
+    """Blocks after which half of an old value is left, ln 0.5 / ln k, from shares k; inf where all is kept."""
+    return math.log(2) / keep.clamp(0, 1).log().abs()
 
 
 def in_columns(rows: Floats, columns: int) -> Floats:
@@ -297,16 +297,17 @@ def inside_facts(inside: Inside, sections: dict[str, str]) -> dict[str, Any]:
         attention.append(
             {"name": name, "key": key, "states": len(steps), "largest": largest, "spread": numbers(means[:, -1])}
         )
-    for name, total in inside.log_keep.items():
-        log_keep = total / inside.full_blocks
-        channels = half_lives(log_keep.mean(0))
-        low, high = (half_lives(log_keep.quantile(level, dim=0)) for level in (QUANTILES[0], QUANTILES[2]))
+    for name, total in inside.keep.items():
+        keep = total / inside.full_blocks
+        channels = half_lives(keep.mean(0))
+        low, high = (half_lives(keep.quantile(level, dim=0)) for level in (QUANTILES[0], QUANTILES[2]))
         order = channels.argsort()
         lives = {key: numbers(x[order]) for key, x in (("half_life", channels), ("low", low), ("high", high))}
         gates.append({"name": name, "channels": order.tolist(), "blocks": inside.full_blocks, **lives})
     for name, entries in inside.states.items():
         means = in_columns(np.concatenate(entries), columns).T  # (6, columns)
-        states.append({"name": name, "length": numbers(means[:3]), "movement": numbers(means[3:])})
+        if np.isfinite(means).any():
+            states.append({"name": name, "length": numbers(means[:3]), "movement": numbers(means[3:])})
     return {"columns": first_tokens, "attention": attention, "gates": gates, "states": states}
 
 
