@@ -20,6 +20,7 @@ from oracle import assert_same
 from strategies import random_model
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, data, report
+from block_recurrent_transformer_pytorch.inspecting import inspecting
 from block_recurrent_transformer_pytorch.scoring import score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -151,7 +152,7 @@ def test_losses_of_tokens_are_those_of_their_blocks():
 @pytest.mark.parametrize("at_once", [1, 8, 2048])
 @pytest.mark.parametrize("name", ["default", "dual", "feedback", "read below", "hard"])
 def test_what_happened_inside_is_what_states_did(name, at_once, monkeypatch):
-    """Against states that were read block by block."""
+    """Against states and attention of single blocks."""
     monkeypatch.setattr(report, "TOKENS_AT_ONCE", at_once)
     model = random_model(Config(**SIZES | VARIANTS[name]))
     text, _ = looked_at(model, TEXTS, most=52)
@@ -160,10 +161,15 @@ def test_what_happened_inside_is_what_states_did(name, at_once, monkeypatch):
     assert sum(counted) == 52 and inside.first_tokens == [*range(0, 33, 4), 33, *range(34, 52, 4)]
     lengths = {layer: [] for layer in model.cells}
     moves = {layer: [] for layer in model.cells}
+    attention = {}
     for document in text.split_documents():
         memories, states = None, model.init_states(1)
         for block in torch.cat([torch.zeros(1, dtype=torch.int64), document[:-1]]).split(4):
-            _, memories, after = model(block[None], xl_memories=memories, states=states)
+            with inspecting(model) as seen:
+                _, memories, after = model(block[None], xl_memories=memories, states=states)
+            for layer, record in seen.items():
+                for index, weights in enumerate(record.state_attention):
+                    attention.setdefault((layer, index), []).append(weights[0].mean((0, 1)).tolist())
             for layer, old, new in zip(model.cells, states.layers, after.layers):
                 full = len(block) == 4
                 lengths[layer].append(new[0].norm(dim=-1).median().item() if full else math.nan)
@@ -175,9 +181,9 @@ def test_what_happened_inside_is_what_states_did(name, at_once, monkeypatch):
         assert rows[:, 4] == pytest.approx(np.array(moves[layer]), rel=1e-5, nan_ok=True)
     reads = {"default": 1, "dual": 2, "feedback": 3, "read below": 2, "hard": 1}[name]
     assert len(inside.attention) == reads
-    for entries in inside.attention.values():
+    for entries, expected in zip(inside.attention.values(), attention.values(), strict=True):
         rows = np.concatenate(entries)
-        assert rows.shape == (len(inside.first_tokens), 3 + 1) and rows[:, :3].sum(1) == pytest.approx(1, abs=1e-5)
+        assert rows[:, :3] == pytest.approx(np.array(expected), abs=1e-6) and rows.shape[1] == 3 + 1
         assert (rows[:, 3] >= 1).all() and (rows[:, 3] <= 3 + 1e-5).all()
     assert len(inside.keep) == (4 if name == "dual" else len(model.cells))
 
