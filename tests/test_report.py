@@ -39,6 +39,7 @@ VARIANTS = {
     "feedback": {"block_feedback": True},
     "read below": {"recurrent_layers": (2, 3), "read_recurrent_layers": (1, 1)},
     "token_gated": {"state_update": "token_gated", "gate": "hard", "num_xl_blocks": 0},
+    "routed": {"extra_memories": {"routed": {"capacity": 16, "chunk_size": 2, "num_chosen": 2, "layers": (3,)}}},
     "sliding": {"attention_window": "sliding", "positions": "t5", "empty_memory": "zeros"},
 }
 MIXED = "h\u00e9, \u6f22\u5b57 \U0001f600.\r\n\tEnd".encode()  # 23 bytes
@@ -109,6 +110,7 @@ def test_the_page_holds_what_score_gives(options, tmp_path):
         assert facts["colourings"][index]["mean"] == pytest.approx(saved.sum() / 52, abs=1e-5)
         assert np.abs(saved).max() > 0.01, name
     assert ("compressed memory" in names) == model.config.use_compressed_mem
+    assert ("routed memory" in names) == bool(model.config.extra_memories)
 
 
 def test_a_further_memory_is_taken_away_alone():
