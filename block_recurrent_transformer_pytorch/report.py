@@ -1,8 +1,8 @@
 """One page to look at instead of tables: a text, coloured by what each memory gave it, and the memory over time.
 
-    text = report.spell(documents, tokenizer, corpus, most=2**17)                 # bytes, tokens, documents
-    nats = {"carried": ..., "state reset": ..., "no XL memory": ..., "neither": ...}    # what each token lost
-    report.write("report.html", "my run", model, text, nats, positions, note)           # as evaluate.py does
+    text = report.spell(documents, tokenizer, corpus, most=2**17)
+    nats = {"carried": ..., "state reset": ..., "no XL memory": ..., "neither": ...}  # losses of each token
+    report.write("report.html", "my run", model, text, nats, positions, note)
 
 What a memory gave a token is the loss without it, minus the loss with it, in bits. That is DEPENDENCE, not worth: the
 model learned to rely on what is taken from it here. The page says so.
