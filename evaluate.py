@@ -16,7 +16,9 @@ such a model, trained alike: `train.py --reset-states-every-block` trains one of
 reset" is the figure to compare this run's "carried" with.
 
 It prints a table with 95 % bootstrap intervals, and bits per byte by position in the document, and writes them with a
-figure and one line a document to DIR/evaluation: table.txt, positions.csv, documents.csv, positions.png.
+figure and one line a document to DIR/evaluation: table.txt, positions.csv, documents.csv, positions.png. And a page to
+look at in a browser, report.html: the text (the beginning of it, --report-tokens), coloured by what each memory gave
+each token, and what the states do over time. --no-report saves the time of reading that much once more.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data, select_rows
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data, report, select_rows
 from block_recurrent_transformer_pytorch.flags import DEVICES, positive
 
 Floats = NDArray[np.float64]
@@ -66,6 +67,7 @@ class Losses(NamedTuple):
 
     blocks: Floats  # in every block of every document
     positions: Floats  # between EDGES, with what lies before and behind
+    tokens: NDArray[np.float32]  # by each of the first tokens of the corpus
 
 
 class Layout(NamedTuple):
@@ -91,6 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", choices=DEVICES, default=DEVICES[-1], help="what computes")
     add("--threads", type=positive, help="threads on the CPU; default torch's choice")
     add("--out", metavar="DIR", help="where to write; default evaluation in the run's folder")
+    page = "a page with the text, coloured by what memory gave it: report.html, which holds that text"
+    add("--report", action=argparse.BooleanOptionalAction, default=True, help=page)
+    add("--report-tokens", type=positive, default=2**17, metavar="N", help="of the first N tokens, default %(default)s")
     return parser
 
 
@@ -138,8 +143,11 @@ def load_documents(options: argparse.Namespace, trained: dict[str, Any]) -> tupl
     if options.documents:
         source = data.Source(source.documents[: options.documents])
     print(f"{path}, {options.split}: {source.describe()}")
-    tokenizer = data.FileTokenizer(trained["tokenizer"]) if trained["tokenizer"] else data.ByteTokenizer()
-    return source, data.build_corpus(source, tokenizer, trained["cache"])
+    return source, data.build_corpus(source, load_tokenizer(trained), trained["cache"])
+
+
+def load_tokenizer(trained: dict[str, Any]) -> data.ByteTokenizer | data.FileTokenizer:
+    return data.FileTokenizer(trained["tokenizer"]) if trained["tokenizer"] else data.ByteTokenizer()
 
 
 def lay_out(corpus: data.Corpus, width: int) -> Layout:
@@ -199,21 +207,29 @@ def side_by_side(stretches: list[Stretch], rows: int, most: int) -> Iterator[lis
         yield group
 
 
+def progress(what: str, total: int, quiet: bool = False) -> tqdm[Any]:
+    pause = 0.5 if sys.stderr.isatty() else 15
+    return tqdm(total=total, desc=what, unit="token", unit_scale=True, mininterval=pause, disable=quiet)
+
+
 @torch.no_grad()
 def read(
-    model: BlockRecurrentTransformer, corpus: data.Corpus, layout: Layout, rows: int, way: str, *, quiet: bool = False
-) -> Losses:
-    """Reads all documents in one of WAYS. Calls are whole blocks, so that to carry nothing is to begin anew."""
+    model: BlockRecurrentTransformer, corpus: data.Corpus, layout: Layout, rows: int, way: str, *,
+    looked_at: int = 0, quiet: bool = False,
+) -> Losses:  # fmt: skip
+    """Reads all documents in one of WAYS. Calls are whole blocks, so that to carry nothing is to begin anew.
+
+    `looked_at` is the number of tokens of the corpus whose losses are kept one by one.
+    """
     keeps_states, keeps_memories = WAYS[way]
     bare = None if keeps_memories else without_memories(model)
     many = keeps_states and (keeps_memories or bare is not None)  # blocks a call
     model = bare or model
     config, width = model.config, model.config.block_width
     most = max(MOST_TOKENS, rows * config.max_seq_len) // width
-    losses = Losses(np.zeros(len(layout.block_bytes)), np.zeros(len(EDGES) + 1))
-    pause = 0.5 if sys.stderr.isatty() else 15
-    bar = tqdm(total=corpus.total_tokens, desc=way, unit="token", unit_scale=True, mininterval=pause, disable=quiet)
-    with bar:
+    kept = np.zeros(min(looked_at, corpus.total_tokens), np.float32)
+    losses = Losses(np.zeros(len(layout.block_bytes)), np.zeros(len(EDGES) + 1), kept)
+    with progress(way, corpus.total_tokens, quiet) as bar:
         for group in side_by_side(make_stretches(model, layout, way), rows, most):
             memories = states = None
             count, start, longest = max(1, most // len(group)) if many else 1, 0, group[0].end - group[0].first
@@ -249,11 +265,7 @@ def without_memories(model: BlockRecurrentTransformer) -> BlockRecurrentTransfor
     """The model as one that never has a memory, so that a call may hold many blocks; None where there is none."""
     if model.config.empty_memory == "zeros" or model.config.enhanced_recurrence:
         return None
-    config = replace(model.config, num_xl_blocks=0, use_compressed_mem=False, extra_memories={})
-    with torch.device("meta"):
-        names = BlockRecurrentTransformer(config).state_dict()
-    weights = model.state_dict()
-    return BlockRecurrentTransformer.from_weights(config, {name: weights[name] for name in names})
+    return report.with_options(model, num_xl_blocks=0, use_compressed_mem=False, extra_memories={})
 
 
 class Part(NamedTuple):
@@ -263,6 +275,7 @@ class Part(NamedTuple):
     counts: NDArray[np.bool_]  # (b, n): which losses count
     blocks: NDArray[np.int64]  # (b, n / w): which blocks of all documents they are in
     positions: NDArray[np.int64]  # (b, n): where in their documents
+    places: NDArray[np.int64]  # (b, n): where in the corpus
 
 
 def load(corpus: data.Corpus, layout: Layout, group: list[Stretch], start: int, count: int, width: int) -> Part:
@@ -275,11 +288,14 @@ def load(corpus: data.Corpus, layout: Layout, group: list[Stretch], start: int, 
     tokens = corpus.tokens[np.minimum(corpus.offsets[document] + np.maximum(before, 0), corpus.total_tokens - 1)]
     known = np.append(before[:, :1] >= 0, there, axis=1)
     counts = there & (positions >= counted * width)
-    return Part(np.where(known, tokens, 0).astype(np.int64), counts, layout.first[document] + blocks, positions)
+    places = corpus.offsets[document] + positions
+    return Part(np.where(known, tokens, 0).astype(np.int64), counts, layout.first[document] + blocks, positions, places)
 
 
 def add_up(losses: Losses, part: Part, nats: Floats) -> None:
-    """Adds nats (b, n) to the blocks and positions that they belong to."""
+    """Adds nats (b, n) to the blocks and positions that they belong to, and keeps those of tokens looked at."""
+    looked_at = part.counts & (part.places < len(losses.tokens))
+    losses.tokens[part.places[looked_at]] = nats[looked_at]
     nats, width = np.where(part.counts, nats, 0).astype(np.float64), nats.shape[1] // part.blocks.shape[1]
     held = part.counts[:, ::width]  # a block counts if its first token does
     losses.blocks[part.blocks[held]] += nats.reshape(*part.blocks.shape, width).sum(2)[held]
@@ -356,7 +372,7 @@ def write_positions(path: Path, layout: Layout, losses: dict[str, Losses]) -> li
     """One line for each range of positions that some document reaches; returns them."""
     starts, rows = [0, *EDGES.tolist()], []
     for index in np.flatnonzero(layout.position_bytes):
-        end = EDGES[index] if index < len(EDGES) else ""
+        end = int(EDGES[index]) if index < len(EDGES) else ""
         values = [float(bits(way.positions[index], layout.position_bytes[index])) for way in losses.values()]
         rows.append([starts[index], end, round(float(layout.position_bytes[index])), *values])
     with path.open("w", newline="") as file:
@@ -387,6 +403,18 @@ def draw(path: Path, rows: list[list[Any]], names: list[str], title: str) -> Non
     pyplot.close(figure)
 
 
+def write_report(
+    path: Path, title: str, model: BlockRecurrentTransformer, text: report.Text, losses: dict[str, Losses],
+    positions: list[list[Any]], note: str,
+) -> None:  # fmt: skip
+    nats, total = {name: way.tokens for name, way in losses.items()}, report.passes(model) * len(text.tokens)
+    try:
+        with progress("report", total) as bar:
+            report.write(path, title, model, text, nats, positions, note, advance=bar.update)
+    except ValueError as error:
+        print(f"no report: {error}", file=sys.stderr)
+
+
 def evaluate(options: argparse.Namespace) -> None:
     folder = Path(options.run)
     out = Path(options.out) if options.out else folder / "evaluation"
@@ -404,7 +432,8 @@ def evaluate(options: argparse.Namespace) -> None:
     needed = seconds_needed(model, corpus, rows)
     duration = "" if needed is None else f"; about {describe_seconds(needed)} in all"
     print(f"reading {corpus.total_tokens:,} tokens in {len(WAYS)} ways{duration}", flush=True)
-    losses = {way: read(model, corpus, layout, rows, way) for way in WAYS}
+    looked_at = options.report_tokens if options.report else 0
+    losses = {way: read(model, corpus, layout, rows, way, looked_at=looked_at) for way in WAYS}
 
     note = CONTROL if trained["reset_states_every_block"] else DEPENDENCE
     table = f"{make_table(layout, losses)}\n{note}"
@@ -415,7 +444,11 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"{'position':>10}  {'bytes':>12}  " + "  ".join(f"{way:>12}" for way in losses))
     for start, _, count, *values in positions:
         print(f"{start:>10,}  {count:>12,}  " + "  ".join(f"{value:12.4f}" for value in values))
-    print(f"\n{table}\n\nwritten to {out}")
+    print(f"\n{table}\n")
+    if options.report:
+        text = report.spell(source.documents, load_tokenizer(trained), corpus, looked_at)
+        write_report(out / "report.html", f"{folder.name}, {options.split}", model, text, losses, positions, note)
+    print(f"written to {out}")
 
 
 def describe_seconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["block_recurrent_transformer_pytorch*"]),
-    package_data={"block_recurrent_transformer_pytorch": ["py.typed"]},
+    package_data={"block_recurrent_transformer_pytorch": ["py.typed", "report.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.5", "einops>=0.8", "beartype>=0.18", "packaging>=21", "tqdm>=4.60", "numpy>=1.24", "safetensors>=0.4",

@@ -386,6 +386,10 @@ class ByteTokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(tokens).decode("utf-8", "replace")
 
+    def aligned(self, data: bytes, most: int) -> tuple[bytes, NDArray[np.int64]]:
+        """The text of the first `most` tokens, and the byte at which each begins."""
+        return data[:most], np.arange(len(data[:most]))
+
 
 class FileTokenizer:
     """A ``tokenizer.json`` of the `tokenizers` library (an extra), without its special tokens, truncation and padding.
@@ -425,6 +429,25 @@ class FileTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return str(self._tokenizer.decode(list(tokens)))
+
+    def aligned(self, data: bytes, most: int) -> tuple[bytes, NDArray[np.int64]]:
+        """The text of the first `most` tokens in UTF-8, and the byte at which each begins.
+
+        Tokens that share a character begin where it does; what belongs to no token belongs to the one before.
+        """
+        texts, starts, size = [], [np.empty(0, np.int64)], 0
+        for piece in _pieces(data, 1 << 20):
+            if sum(map(len, starts)) >= most:
+                break
+            text = piece.decode("utf-8", "replace")
+            offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+            before = _ends(np.array([len(character.encode()) for character in text], np.int64))  # bytes
+            starts.append(size + before[np.array([start for start, _ in offsets], np.int64)])
+            texts.append(text.encode())
+            size += len(texts[-1])
+        begins = np.maximum.accumulate(np.append(np.concatenate(starts), size))
+        last = min(most, len(begins) - 1)
+        return b"".join(texts)[: begins[last]], begins[:last]
 
 
 def _pieces(data: bytes, size: int) -> Iterator[bytes]:

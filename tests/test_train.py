@@ -1021,6 +1021,26 @@ def test_evaluation(run, tmp_path, documents, capsys):
     assert total == sum(int(row["bytes"]) for row in rows)
 
 
+def test_evaluation_writes_a_page(run, tmp_path, documents, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
+    run("a")
+    page, folder = tmp_path / "a" / "evaluation" / "report.html", str(tmp_path / "a")
+    assert evaluate.main([folder, "--no-report"]) == 0 and not page.exists()
+    assert evaluate.main([folder, "--split", "all", "--report-tokens", "30"]) == 0
+    facts = json.loads(page.read_text().partition('id="data-facts">')[2].partition("</script>")[0])
+    assert facts["tokens"] == 30 and facts["title"] == "a, all" and "not what it is worth" in facts["note"]
+    with (page.parent / "positions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row[3] for row in facts["positions"]] == pytest.approx([float(row["carried"]) for row in rows], rel=1e-3)
+    assert facts["documents"][0] == ["00.txt", 0]
+    page.unlink()
+    diverged = {"carried": np.full(30, np.nan)}
+    write = evaluate.report.write
+    monkeypatch.setattr(evaluate.report, "write", lambda *args, **more: write(*args[:4], args[4] | diverged, *args[5:]))
+    assert evaluate.main([folder, "--report-tokens", "30"]) == 0 and not page.exists()
+    assert "no report: the losses hold 30 tokens that are not finite" in capsys.readouterr().err
+
+
 @torch.no_grad()
 def alone(model, text):
     """Bits per byte of one document in each of the four ways, block by block."""
@@ -1124,7 +1144,9 @@ def test_evaluation_passes_over_a_damaged_checkpoint(run, tmp_path, capsys):
     assert "passed over a damaged checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["--documents -1", "--rows 0", "--threads 0", "--device nothing"])
+@pytest.mark.parametrize(
+    "flags", ["--documents -1", "--rows 0", "--threads 0", "--device nothing", "--report-tokens 0"]
+)
 def test_numbers_that_evaluation_refuses(capsys, flags):
     with pytest.raises(SystemExit):
         evaluate.main(["run", *flags.split()])
