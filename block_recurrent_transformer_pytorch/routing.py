@@ -118,9 +118,9 @@ def scaled(scores: Tensor, k: int, operator: Operator, temperature: float) -> Te
 def offset(z: Tensor, values: Tensor, indices: Tensor, operator: Operator) -> Tensor:
     """What is added to z (..., n) so that min(1, exp) of it are the shares, (..., 1); its top k are given."""
     if operator == "softmax":
-        return -z.logsumexp(-1, keepdim=True)
+        return -log_sum(z, values[..., :1])
     k = values.shape[-1]
-    rest = z.scatter(-1, indices, NOTHING).logsumexp(-1, keepdim=True)
+    rest = log_sum(z.scatter(-1, indices, NOTHING), values[..., -1:])
     left = torch.arange(k, 0, -1, device=z.device)  # k - m, for m = 0 ... k - 1 shares of 1
     with torch.no_grad():
         tails = torch.cat([values, rest], -1).flip(-1).logcumsumexp(-1).flip(-1)[..., :k]  # all but the m largest
@@ -130,6 +130,16 @@ def offset(z: Tensor, values: Tensor, indices: Tensor, operator: Operator) -> Te
         is_full = torch.arange(k, device=z.device) < full
     others = torch.cat([values.masked_fill(is_full, NOTHING), rest], -1).logsumexp(-1, keepdim=True)
     return left.to(z.dtype)[full].log() - others
+
+
+def log_sum(z: Tensor, highest: Tensor) -> Tensor:
+    """log sum exp of z (..., n), none of which is above `highest` (..., 1).
+
+    What is e^-80 of that and less does not show in the sum; a processor takes a hundred times as long for an exp that
+    underflows, and most chunks of a store may be hidden.
+    """
+    highest = highest.detach()
+    return (z - highest).clamp(min=-80).exp().sum(-1, keepdim=True).log() + highest
 
 
 # --------------------------------------------------------------------------------------------------------- 2 the store

@@ -48,6 +48,7 @@ LEAD, BLOCK = 16, 16
 QUESTIONS = 64  # of a sequence of the training
 LENGTH = -(-(WRITTEN + LEAD + 3 * QUESTIONS) // BLOCK) * BLOCK
 PIECE = 2048  # tokens of a call of the evaluation
+BARE = 0.6, 0.1  # of the filler: keys and values that nobody set, in training (few tokens), and in evaluation (many)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Arm:
     title: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)  # of the routed memory
     order: str = "value key"
-    steps: int = 300
+    steps: int = 400
     taught_from: int | None = None  # the step from which the distillation loss is on
     all_until: int = 0  # up to this step, training attends to all chunks
     chooses: str = "scores"  # scores, or by lot ("random")
@@ -65,7 +66,7 @@ class Arm:
 
 
 FAR = (0, 4096, 65_536, 262_144)
-TAUGHT: dict[str, Any] = {"steps": 400, "taught_from": 150, "all_until": 400}
+TAUGHT: dict[str, Any] = {"taught_from": 150, "all_until": 400}
 ARMS = {
     "max-8": Arm("best token, chunks of 8", {"chunk_size": 8, "num_summaries": 8}, distances=FAR),
     "max-16": Arm("best token, chunks of 16", {"chunk_size": 16, "num_summaries": 16}, distances=FAR),
@@ -83,11 +84,10 @@ ARMS = {
     "off": Arm("no routed memory", {}),
     "random": Arm("chunks chosen by lot", {"chunk_size": 8, "num_summaries": 8}, chooses="random"),
     "scores-alone": Arm(
-        "gate, chunks of 8, no distillation", {"chunk_size": 8, "summary": "gate"}, steps=400, all_until=250
+        "gate, chunks of 8, no distillation", {"chunk_size": 8, "summary": "gate"}, all_until=250
     ),
     "never-taught": Arm(
-        "mean key, chunks of 8, top-k in evaluation alone", {"chunk_size": 8, "operator": "top_k"}, steps=400,
-        all_until=400,
+        "mean key, chunks of 8, top-k in evaluation alone", {"chunk_size": 8, "operator": "top_k"}, all_until=400,
     ),
 }  # fmt: skip
 
@@ -164,9 +164,9 @@ def train(arm: Arm, seed: int, batch: int = 4, rate: float = 3e-3) -> tuple[Bloc
             group["lr"] = rate * min(1, (step + 1) / 50, 0.05 + 1.2 * (1 - step / arm.steps))
         if arm.options:
             model.layer(2).extra["routed"].attends_to_all = step < arm.all_until
-        tokens, keys, values = written(arm.order, batch, 0.3, draw)
+        tokens, keys, values = written(arm.order, batch, BARE[0], draw)
         asked, answers = questions(keys, values, QUESTIONS, draw)
-        tokens = torch.cat((tokens, filler((batch, LEAD), 0.3, draw), asked), 1)
+        tokens = torch.cat((tokens, filler((batch, LEAD), BARE[0], draw), asked), 1)
         is_taught = arm.taught_from is not None and step >= arm.taught_from
         encoded = model.encode(model.embed(tokens), auxiliary=("distillation",) if is_taught else ())
         logits = model.logits(encoded.hidden[:, WRITTEN + LEAD + 1 :: 3])[..., VALUES:FILLER]
@@ -188,15 +188,15 @@ def recalled(arm: Arm, weights: dict[str, Tensor], part: int, seed: int) -> list
     model.load_state_dict(weights)
     model.eval()
     draw = torch.Generator().manual_seed(10**6 * (1 + part) + seed)
-    tokens, keys, values = written(arm.order, 1, 0.1, draw)
+    tokens, keys, values = written(arm.order, 1, BARE[1], draw)
     memories, at, found = model(tokens, return_hidden=True)[1], 0, []
     for distance in arm.distances:
         while at < distance:
-            piece = filler((1, min(PIECE, distance - at)), 0.1, draw)
+            piece = filler((1, min(PIECE, distance - at)), BARE[1], draw)
             _, memories, _ = model(piece, xl_memories=memories, overwrite=True, logits_to_keep=1)
             at += piece.shape[1]
         asked, answers = questions(keys, values, NUM_PAIRS, draw)
-        logits, _, _ = model(torch.cat((filler((1, LEAD), 0.1, draw), asked), 1), xl_memories=memories)
+        logits, _, _ = model(torch.cat((filler((1, LEAD), BARE[1], draw), asked), 1), xl_memories=memories)
         right = (logits[:, LEAD + 1 :: 3, VALUES:FILLER].argmax(-1) == answers - VALUES).sum()
         found.append({"distance": distance, "right": int(right)})
     return found
