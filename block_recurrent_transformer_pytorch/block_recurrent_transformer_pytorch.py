@@ -1343,7 +1343,7 @@ class TransformerBlock(nn.Module):
 
     def remember(self, memory: LayerMemory, new: KV, span: Span, visibility: Visibility) -> Taken:
         """Takes in the keys and values (b, g, t n, e) of the tokens of a span."""
-        is_whole = span.length == self.block_width and span.row_lengths is None
+        is_whole = span.row_lengths is None and span.length == self.block_width  # in this order: n may be symbolic
         block = new if is_whole else extend(memory.block, new, span)
         if span.completes is False:
             ready = self.extended_ready(memory, new, span, visibility)
@@ -1860,7 +1860,8 @@ class BlockRecurrentTransformer(nn.Module):
         cells = [index + 1 for index in group if index + 1 in carry.states]
         outputs: list[list[Tensor]] = []
         kvs: list[list[KV]] = []
-        for step, part in zip(steps, torch.split(x, steps[0].num_tokens, dim=1)):
+        pieces = torch.split(x, steps[0].num_tokens, dim=1) if len(steps) > 1 else (x,)  # n may be symbolic
+        for step, part in zip(steps, pieces):
             for cell in cells:
                 if cell not in carry.kv:
                     carry.kv[cell] = self.cell(cell).project(carry.states[cell])
