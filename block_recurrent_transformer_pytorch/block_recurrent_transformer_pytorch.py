@@ -394,7 +394,9 @@ def additive(mask: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
     their queries as one long row.
     """
     added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
-    return batched(added.repeat_interleave(shared, dim=-2) if shared * mask.numel() <= MASK_AT_ONCE else added)
+    numbers = shared * mask.numel()
+    is_small = isinstance(numbers, int) and numbers <= MASK_AT_ONCE  # in torch.export it is symbolic, and no int
+    return batched(added.repeat_interleave(shared, dim=-2) if is_small else added)
 
 
 def split_heads(x: Tensor, t: int, heads: int) -> Tensor:
