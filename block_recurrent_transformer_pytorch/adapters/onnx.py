@@ -9,9 +9,9 @@
     manifest.json    config and tokenizer; names, shapes and types of what goes in and comes out of each graph
     tokenizer.json   of the tokenizers library, if the model reads no bytes
 
-The value NAME comes out as next.NAME; one that does not come out of a graph stays as it was. Rows may stand at different
-places, `position.offset` in their blocks, and of a chunk each brings `lengths` tokens, 0 or more; its logits behind
-these mean nothing. A row begins a new document with where(row, initial, value) for every value that is carried.
+The value NAME comes out as next.NAME; one that does not come out of a graph stays as it was. Rows may stand at
+different places, `position.offset` in their blocks, and of a chunk each brings `lengths` tokens, 0 or more; its logits
+behind these mean nothing. A row begins a new document with where(row, initial, value) for every value that is carried.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ BATCH, TOKENS = 3, 2  # of the examples that are traced; the graphs take any
 SHARED_FROM = 1024  # bytes of the smallest weight that goes into WEIGHTS
 ALIGNMENT = 4096  # of weights in it, so that they can be mapped into memory
 
-Which = Literal["token", "chunk"]
+Which = Literal["chunk", "token"]
+WHICH: tuple[Which, ...] = ("chunk", "token")
 
 
 class Carried(NamedTuple):
@@ -109,8 +110,8 @@ class Graph(nn.Module):
         self.model, self.which, self.carried = model, which, make_carried(model, which)
         self.changing = list(range(len(self.carried.names)))
         if which == "token":
-            _, _, before = self.example()
-            _, *after = self(*self.example())
+            ids, _, before = self.example()
+            _, *after = self(ids, None, before)
             self.changing = [index for index, (old, new) in enumerate(zip(before, after)) if new is not old]
 
     def example(self) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
@@ -197,10 +198,9 @@ class SharedWeights:
         return self.places[digest]
 
 
-def write_graph(graph: Graph, path: Path, weights: SharedWeights) -> dict[str, Any]:
+def write_graph(graph: Graph, program: ExportedProgram, path: Path, weights: SharedWeights) -> dict[str, Any]:
     """Writes one graph; what the manifest says of it."""
-    program = export_program(graph)
-    inputs, width = graph.inputs(), graph.model.config.block_width
+    inputs = graph.inputs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # within torch
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -264,20 +264,22 @@ def export_onnx(
     kept, target = pretrained.kept_as(tokenizer), Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"folder: {target} is not an empty folder")
+    graphs = [Graph(model, which) for which in WHICH]
+    programs = [export_program(graph) for graph in graphs]
     target.mkdir(parents=True, exist_ok=True)
+    told = {}
     with open(target / WEIGHTS, "wb") as file:
         weights = SharedWeights(target / WEIGHTS, file)
-        graphs = {
-            which: write_graph(Graph(model, which), target / f"{which}.onnx", weights) for which in ("token", "chunk")
-        }
-    carried = make_carried(model, "chunk")
-    initial = dict(zip(carried.names, (x.numpy() for x in carried.tensors(*initial_values(model, 1)))))
+        for graph, program in zip(graphs, programs):
+            told[graph.which] = write_graph(graph, program, target / f"{graph.which}.onnx", weights)
+    carried = graphs[0].carried
+    initial: dict[str, Any] = dict(zip(carried.names, (x.numpy() for x in carried.tensors(*initial_values(model, 1)))))
     np.savez_compressed(target / INITIAL, **initial)
     if isinstance(tokenizer, data.FileTokenizer):
         pretrained.write(target / pretrained.TOKENIZER, tokenizer.content)
     content = {
         "format": FORMAT, "made_by": f"block-recurrent-transformer-pytorch {__version__}", "tokenizer": kept,
-        "block_width": model.config.block_width, "carried": carried.names, "initial": INITIAL, "graphs": graphs,
+        "block_width": model.config.block_width, "carried": carried.names, "initial": INITIAL, "graphs": told,
         "config": asdict(model.config),
     }  # fmt: skip
     pretrained.write(target / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
