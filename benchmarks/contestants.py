@@ -300,7 +300,7 @@ def onnx_host(options: dict[str, Any], folder: Path) -> Any:
 def onnx_token(host: Any, position: int, batch: int, ragged: bool = False) -> Step:
     """One token after `position` others, as in `ours_token`."""
     options = host.manifest["config"]
-    less = position // (2 * batch) if ragged else 0  # every row so many tokens less than the one before
+    less = (position - 1) // (2 * batch) if ragged else 0  # every row so many tokens less than the one before
     texts = [text[: position - row * less] for row, text in enumerate(tokens(options, batch, position).numpy())]
     _, carried = host.read(texts, host.start(batch), chunk=host.width)
     token = tokens(options, batch, 1)[:, 0].numpy()
