@@ -58,7 +58,12 @@ class Model:
         return logits[:, 0], carried
 
     def read(self, texts, carried, chunk=256):
-        """Tokens of each row, as many as it has -> logits (b, v) after the last of each, and what is carried."""
+        """Tokens of each row, as many as it has -> logits (b, v) after the last of each, and what is carried.
+
+        They are read in chunks that stay within the block of their row. The logits of a row without tokens are zero.
+        """
+        if chunk < 1:
+            raise ValueError(f"chunk={chunk} must be at least 1 token")
         left = [np.asarray(text, dtype=np.int64) for text in texts]
         last = np.zeros((len(left), self.manifest["config"]["num_tokens"]), np.float32)
         while any(len(row) for row in left):
@@ -123,6 +128,8 @@ def main():
     parser.add_argument("--seed", type=int, metavar="N", help="of the random choices; default: another one each time")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as there are cores")
     options = parser.parse_args()
+    if options.chunk < 1 or options.temperature < 0:
+        parser.error("--chunk must be at least 1, --temperature at least 0")
 
     model = Model(options.folder, options.threads)
     kept = model.manifest["tokenizer"]

@@ -9,6 +9,8 @@
     manifest.json    config and tokenizer; names, shapes and types of what goes in and comes out of each graph
     tokenizer.json   of the tokenizers library, if the model reads no bytes
 
+The manifest comes last, so that a folder that has one is complete.
+
 The value NAME comes out as next.NAME; one that does not come out of a graph stays as it was. Rows may stand at
 different places, `position.offset` in their blocks, and of a chunk each brings `lengths` tokens, 0 or more; its logits
 behind these mean nothing. A row begins a new document with where(row, initial, value) for every value that is carried.
@@ -103,8 +105,13 @@ def named(path: tuple[KeyEntry, ...], cells: Sequence[int]) -> str:
 
 
 class Graph(nn.Module):
-    """The model as a function of tensors alone."""
+    """The model as a function of tensors alone.
 
+    Attributes:
+        changing: which of the carried values come out of it, as indices.
+    """
+
+    @torch.no_grad()
     def __init__(self, model: BlockRecurrentTransformer, which: Which) -> None:
         super().__init__()
         self.model, self.which, self.carried = model, which, make_carried(model, which)

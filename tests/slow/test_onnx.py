@@ -91,13 +91,12 @@ class Programs(HOST["Model"]):
     """The host with the programs of torch.export in the place of onnxruntime."""
 
     def __init__(self, model: BlockRecurrentTransformer) -> None:
-        with torch.no_grad():
-            graphs = {which: adapter.Graph(model, which) for which in ("token", "chunk")}
-            tensors = graphs["chunk"].carried.tensors(*adapter.initial_values(model, 1))
-        self.names = graphs["chunk"].carried.names
+        graphs = {which: adapter.Graph(model, which) for which in ("token", "chunk")}
+        carried = graphs["chunk"].carried
+        self.names, tensors = carried.names, carried.tensors(*adapter.initial_values(model, 1))
         self.outputs = {which: graph.outputs[1:] for which, graph in graphs.items()}
         self.graphs = {which: adapter.export_program(graph).module() for which, graph in graphs.items()}
-        self.initial = dict(zip(self.names, (x.numpy() for x in tensors)))
+        self.initial = dict(zip(self.names, (x.detach().numpy() for x in tensors)))
         self.width = model.config.block_width
         self.manifest = {"config": {"num_tokens": model.config.num_tokens}}
 
