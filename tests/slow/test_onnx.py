@@ -281,8 +281,10 @@ class LooksGate(Gate):
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+    routed = {"routed": {"capacity": 8, "chunk_size": 2, "num_chosen": 2}}
     for model, named in (
-        (make().double(), "float64"), (make(block_width=1), "block_width=1"), (make(gate="looks"), "gate='looks'")
+        (make().double(), "float64"), (make(block_width=1), "block_width=1"), (make(gate="looks"), "gate='looks'"),
+        (make(extra_memories=routed), "extra_memories={'routed'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=named):
             adapter.export_onnx(model, tmp_path / "new")
