@@ -1348,7 +1348,7 @@ class TransformerBlock(nn.Module):
         is_whole = span.row_lengths is None and span.length == self.block_width  # in this order: n may be symbolic
         block = new if is_whole else extend(memory.block, new, span)
         if span.completes is False:
-            ready = self.extended_ready(memory, new, span, visibility)
+            ready = self.extended_ready(memory, block, new, span, visibility)
             after = LayerMemory(block, memory.past, ready)
             return Taken(self.visible(ready, span, visibility), after, Leaving(), None)
         seen, past, leaving = self.append_block(memory.past, block, span)
@@ -1357,7 +1357,7 @@ class TransformerBlock(nn.Module):
             k, v = (cat_keys(*parts, own).flatten(0, 1) for own, *parts in zip(blocks, *reversed(seen)))
             keys = KV(self.made_ready(k, visibility.k_tables), v)
         else:
-            keys = self.extended_ready(memory, new, span, visibility)
+            keys = self.extended_ready(memory, block, new, span, visibility)
         for_states = blocks
         if self.state_reads_memory:
             for_states = KV(*map(cat_keys, self.held_in_xl(seen[0], span), blocks))
@@ -1394,15 +1394,15 @@ class TransformerBlock(nn.Module):
         """Stored keys as the queries see them: normalised, scaled, and turned by their positions."""
         return rotate(self.heads_norm.ready(k), table)
 
-    def extended_ready(self, memory: LayerMemory, new: KV, span: Span, visibility: Visibility) -> KV:
+    def extended_ready(self, memory: LayerMemory, block: KV, new: KV, span: Span, visibility: Visibility) -> KV:
         """[memories ; block] as the queries see them, with the new tokens in it, (b, g, m + w, e)."""
-        ready, kinds = memory.ready, self.kinds
-        if ready is None:
+        kinds = self.kinds
+        if memory.ready is None:
             views = [kind.view(memory.past[kind.name]) for kind in reversed(kinds)]
-            k, v = (cat_keys(*parts) for parts in zip(*views, memory.block))
-            ready = KV(self.made_ready(k, visibility.k_tables), v)
+            k, v = (cat_keys(*parts) for parts in zip(*views, block))
+            return KV(self.made_ready(k, visibility.k_tables), v)
         new = KV(self.made_ready(new.k, visibility.new_tables), new.v)
-        return extend(ready, new, span, start=sum(kind.width for kind in kinds))
+        return extend(memory.ready, new, span, start=sum(kind.width for kind in kinds))
 
     def visible(self, keys: KV, span: Span, visibility: Visibility) -> KV:
         """The part of [memories ; block] that some query sees."""
