@@ -25,6 +25,7 @@ setup(
         "test": [*train, "pytest>=8", "hypothesis>=6.100"],
         "transformers": ["transformers>=5.23", "accelerate>=1.10"],
         "lm-eval": ["lm_eval>=0.4.13"],
+        "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
     },
     entry_points={

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import runpy
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -279,3 +281,32 @@ def reference_prefill(options: dict[str, Any], length: int, batch: int) -> Step:
                 carried = {"xl_memories": memories, "states": states}
 
     return step
+
+
+def onnx_host(options: dict[str, Any], folder: Path) -> Any:
+    """The graphs of a model, written to a folder, in onnxruntime: the `Model` of examples/onnx_stream.py."""
+    if DEVICE.type != "cpu":
+        raise Unavailable("is measured on the CPU alone")
+    try:
+        from block_recurrent_transformer_pytorch.adapters.onnx import export_onnx
+
+        host = runpy.run_path(str(ROOT / "examples" / "onnx_stream.py"))["Model"]
+    except ImportError as why:
+        raise Unavailable(f"needs the extra [onnx]: {why}") from why
+    export_onnx(BlockRecurrentTransformer(**options), folder)
+    return host(folder, threads=torch.get_num_threads())
+
+
+def onnx_token(host: Any, position: int, batch: int, ragged: bool = False) -> Step:
+    """One token after `position` others, as in `ours_token`."""
+    options = host.manifest["config"]
+    less = (position - 1) // (2 * batch) if ragged else 0  # every row so many tokens less than the one before
+    texts = [text[: position - row * less] for row, text in enumerate(tokens(options, batch, position).numpy())]
+    _, carried = host.read(texts, host.start(batch), chunk=host.width)
+    token = tokens(options, batch, 1)[:, 0].numpy()
+    return lambda: host.step(token, carried)
+
+
+def onnx_prefill(host: Any, length: int, batch: int) -> Step:
+    x = tokens(host.manifest["config"], batch, length).numpy()
+    return lambda: host.read(x, host.start(batch), chunk=host.width)

@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,9 @@ from .contestants import (
     SMALL,
     TRAINING,
     gemma_token,
+    onnx_host,
+    onnx_prefill,
+    onnx_token,
     ours_prefill,
     ours_step,
     ours_token,
@@ -337,6 +341,36 @@ def compiled_step(make: Callable[..., Any], options: dict[str, Any], *arguments:
     return step
 
 
+def onnx(quick: bool) -> Cases:
+    """In onnxruntime, at the enwik8 configuration"""
+    options, who = TINY if quick else ENWIK8, "ours, onnxruntime"
+    width, runs = options["block_width"], 2 if quick else 15
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            host = onnx_host(options, folder / "onnx")
+        except Unavailable as why:
+            return [case("one token", {}, "s", {who: str(why)})]
+        cases = []
+        for batch, ragged in ((1, False), (8, False), (8, True)):
+            place = (50 if quick else 1000, batch, ragged)
+            makers = {"ours": bind(ours_token, options, *place), who: bind(onnx_token, host, *place)}
+            rows = f", {'ragged' if ragged else 'equal'}" if batch > 1 else ""
+            title = f"one token at position {place[0]:,}, batch {batch}{rows}"
+            cases.append(timed(title, makers, runs, dict.fromkeys(makers, 20)))
+        last = 2 * width - 1
+        makers = {"ours": bind(ours_token, options, last, 1), who: bind(onnx_token, host, last, 1)}
+        cases.append(timed("the last token of a block, batch 1", makers, runs))
+        makers = {"ours": bind(ours_prefill, options, 2 * width, 1), who: bind(onnx_prefill, host, 2 * width, 1)}
+        cases.append(timed(f"reading {2 * width:,} tokens, batch 1", makers, 2 if quick else 5))
+        BlockRecurrentTransformer(**options).save_pretrained(folder / "saved")
+        sizes = {
+            who: [sum(file.stat().st_size for file in (folder / part).iterdir()) / 2**20]
+            for who, part in (("ours", "saved"), (who, "onnx"))
+        }
+        return [*cases, case("size of the files", sizes, "MiB")]
+
+
 def importing(quick: bool) -> Cases:
     """Import of the package on top of torch"""
     code = "import torch, time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
@@ -359,7 +393,7 @@ FIGURES: dict[str, Callable[[bool], Cases]] = {
     "train_enwik8": train_enwik8, "train_small": train_small, "train_sizes": train_sizes, "variants": variants,
     "recurrent_layer": recurrent_layer, "replay": replay, "prefill": prefill, "decode": decode,
     "decode_far": decode_far, "memory": memory, "stream": stream, "operators": dispatched, "compile": compiling,
-    "import": importing,
+    "import": importing, "onnx": onnx,
 }  # fmt: skip
 
 

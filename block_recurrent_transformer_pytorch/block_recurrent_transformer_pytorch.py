@@ -394,7 +394,9 @@ def additive(mask: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
     their queries as one long row.
     """
     added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
-    return batched(added.repeat_interleave(shared, dim=-2) if shared * mask.numel() <= MASK_AT_ONCE else added)
+    numbers = shared * mask.numel()
+    is_small = isinstance(numbers, int) and numbers <= MASK_AT_ONCE  # in torch.export it is symbolic, and no int
+    return batched(added.repeat_interleave(shared, dim=-2) if is_small else added)
 
 
 def split_heads(x: Tensor, t: int, heads: int) -> Tensor:
@@ -1353,10 +1355,10 @@ class TransformerBlock(nn.Module):
 
     def remember(self, memory: LayerMemory, new: KV, span: Span, visibility: Visibility) -> Taken:
         """Takes in the keys and values (b, g, t n, e) of the tokens of a span."""
-        is_whole = span.length == self.block_width and span.row_lengths is None
+        is_whole = span.row_lengths is None and span.length == self.block_width  # in this order: n may be symbolic
         block = new if is_whole else extend(memory.block, new, span)
         if span.completes is False:
-            ready = self.extended_ready(memory, new, span, visibility)
+            ready = self.extended_ready(memory, block, new, span, visibility)
             after = LayerMemory(block, memory.past, ready)
             return Taken(self.visible(ready, span, visibility), after, Leaving(), None)
         seen, past, leaving = self.append_block(memory.past, block, span)
@@ -1365,7 +1367,7 @@ class TransformerBlock(nn.Module):
             k, v = (cat_keys(*parts, own).flatten(0, 1) for own, *parts in zip(blocks, *reversed(seen)))
             keys = KV(self.made_ready(k, visibility.k_tables), v)
         else:
-            keys = self.extended_ready(memory, new, span, visibility)
+            keys = self.extended_ready(memory, block, new, span, visibility)
         for_states = blocks
         if self.state_reads_memory:
             for_states = KV(*map(cat_keys, self.held_in_xl(seen[0], span), blocks))
@@ -1402,15 +1404,15 @@ class TransformerBlock(nn.Module):
         """Stored keys as the queries see them: normalised, scaled, and turned by their positions."""
         return rotate(self.heads_norm.ready(k), table)
 
-    def extended_ready(self, memory: LayerMemory, new: KV, span: Span, visibility: Visibility) -> KV:
+    def extended_ready(self, memory: LayerMemory, block: KV, new: KV, span: Span, visibility: Visibility) -> KV:
         """[memories ; block] as the queries see them, with the new tokens in it, (b, g, m + w, e)."""
-        ready, kinds = memory.ready, self.kinds
-        if ready is None:
+        kinds = self.kinds
+        if memory.ready is None:
             views = [kind.view(memory.past[kind.name]) for kind in reversed(kinds)]
-            k, v = (cat_keys(*parts) for parts in zip(*views, memory.block))
-            ready = KV(self.made_ready(k, visibility.k_tables), v)
+            k, v = (cat_keys(*parts) for parts in zip(*views, block))
+            return KV(self.made_ready(k, visibility.k_tables), v)
         new = KV(self.made_ready(new.k, visibility.new_tables), new.v)
-        return extend(ready, new, span, start=sum(kind.width for kind in kinds))
+        return extend(memory.ready, new, span, start=sum(kind.width for kind in kinds))
 
     def visible(self, keys: KV, span: Span, visibility: Visibility) -> KV:
         """The part of [memories ; block] that some query sees."""
@@ -1873,7 +1875,8 @@ class BlockRecurrentTransformer(nn.Module):
         cells = [index + 1 for index in group if index + 1 in carry.states]
         outputs: list[list[Tensor]] = []
         kvs: list[list[KV]] = []
-        for step, part in zip(steps, torch.split(x, steps[0].num_tokens, dim=1)):
+        pieces = torch.split(x, steps[0].num_tokens, dim=1) if len(steps) > 1 else (x,)  # n may be symbolic
+        for step, part in zip(steps, pieces):
             for cell in cells:
                 if cell not in carry.kv:
                     carry.kv[cell] = self.cell(cell).project(carry.states[cell])

@@ -2,5 +2,6 @@
 
     transformers   configuration, models and tokenizer for transformers; a Trainer that carries memories
     export         turns a run, or what `save_pretrained` wrote, into a folder that transformers loads
+    onnx           the model as two ONNX graphs for onnxruntime, with memories and states as inputs and outputs
     lm_eval        the model in lm-evaluation-harness, and its command line
 """
