@@ -38,7 +38,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data, select_rows
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, data, pretrained, select_rows
 from block_recurrent_transformer_pytorch.flags import DEVICES, positive
 
 Floats = NDArray[np.float64]
@@ -98,20 +98,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransformer:
-    checkpoints = folder / "checkpoints"
-    try:
-        if which == "best":
-            saved = checkpoint.load(checkpoint.best(checkpoints), only=["model"])
-        else:
-            saved = checkpoint.load_latest(checkpoints, only=["model"])
-        config = Config.from_dict(saved.metadata["model_config"])
-        model = BlockRecurrentTransformer.from_weights(config, saved.tensors["model"])
-    except FileNotFoundError as error:
-        raise ValueError(f"run {folder}: {error}; --checkpoint last needs no validation loss") from error
-    for reason in saved.skipped:
-        print(f"passed over a damaged checkpoint: {reason}")
+    saved = pretrained.load_checkpoint(folder, which)
+    config = Config.from_dict(saved.metadata["model_config"])
     print(f"{saved.path}, step {saved.step}")
-    return model.to(device)
+    return BlockRecurrentTransformer.from_weights(config, saved.tensors["model"]).to(device)
 
 
 def load_options(folder: Path) -> dict[str, Any]:

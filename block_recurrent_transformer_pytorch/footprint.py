@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,14 +20,19 @@ class Footprint(NamedTuple):
     """Of a segment behind another."""
 
     parameters: int  # how many numbers
+    trained: int  # of them
     activations: int  # bytes that the backward pass needs, beside the parameters
     carried: int  # bytes of memories and states
 
 
 def footprint(
-    config: Config, rows: int, segment: int, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Footprint:
-    """Of `rows` segments of so many tokens: kernels of `device`, weights of `dtype`, under the autocast in force."""
+    config: Config, rows: int, segment: int, device: str = "cpu", dtype: torch.dtype = torch.float32,
+    prepare: Callable[[BlockRecurrentTransformer], None] = lambda model: None,
+) -> Footprint:  # fmt: skip
+    """Of `rows` segments of so many tokens: kernels of `device`, weights of `dtype`, under the autocast in force.
+
+    `prepare` is called with the model, and may freeze parameters or add some.
+    """
     kept: dict[int, tuple[Any, int]] = {}  # weak references: the graph within a loss is gone after the call
 
     def pack(tensor: Tensor) -> Tensor:
@@ -36,6 +42,7 @@ def footprint(
 
     with FakeTensorMode(), torch.device(device):
         model = BlockRecurrentTransformer(replace(config, init="torch"))
+        prepare(model)
         x = torch.zeros(rows, segment + 1, dtype=torch.long)
         with torch.no_grad():
             _, memories, states = model(x[:, :-1], logits_to_keep=1)
@@ -48,5 +55,6 @@ def footprint(
         del held
     carried = sum(leaf.nbytes for leaf in tree_leaves((memories, states)) if isinstance(leaf, Tensor))
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     wider = dtype.itemsize // torch.float32.itemsize
-    return Footprint(parameters, wider * activations, wider * carried)
+    return Footprint(parameters, trained, wider * activations, wider * carried)

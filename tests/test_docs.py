@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, config, paper
+from block_recurrent_transformer_pytorch.flags import model_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -169,7 +170,7 @@ def test_commands_of_the_trainer_parse(command, workplace, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
     options = train.parse(flags)
     assert options.batch % (processes * options.accumulate) == 0
-    train.model_config(options, num_tokens=256)
+    model_config(options, num_tokens=256)
 
 
 def test_scaling_tables_are_what_the_script_computes():
