@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -25,6 +25,18 @@ class Footprint(NamedTuple):
     carried: int  # bytes of memories and states
 
 
+def place(model: nn.Module) -> None:
+    """Gives a model on the device "meta" new tensors on the device in force."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                own = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
 def footprint(
     config: Config, rows: int, segment: int, device: str = "cpu", dtype: torch.dtype = torch.float32,
     prepare: Callable[[BlockRecurrentTransformer], None] = lambda model: None,
@@ -40,9 +52,11 @@ def footprint(
         kept[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
         return tensor
 
-    with FakeTensorMode(), torch.device(device):
+    with torch.device("meta"):  # adapters cannot be put in among fake tensors
         model = BlockRecurrentTransformer(replace(config, init="torch"))
         prepare(model)
+    with FakeTensorMode(), torch.device(device):
+        place(model)
         x = torch.zeros(rows, segment + 1, dtype=torch.long)
         with torch.no_grad():
             _, memories, states = model(x[:, :-1], logits_to_keep=1)

@@ -127,7 +127,7 @@ def is_of_transformers(folder: Path) -> bool:
     """Whether it is a folder that the transformers library wrote of a model of its own; `llama` reads some of them."""
     try:
         content = json.loads((folder / CONFIG).read_bytes())
-        return content.get("model_type", MODEL_TYPE) != MODEL_TYPE
+        return bool(content.get("model_type", MODEL_TYPE) != MODEL_TYPE)
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
