@@ -25,6 +25,8 @@ setup(
         "test": [*train, "pytest>=8", "hypothesis>=6.100"],
         "transformers": ["transformers>=5.23", "accelerate>=1.10"],
         "lm-eval": ["lm_eval>=0.4.13"],
+        "peft": ["peft>=0.21"],
+        "quantization": ["torchao>=0.18"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
     },
     entry_points={

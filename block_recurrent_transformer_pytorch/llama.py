@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -80,18 +80,20 @@ def from_llama(
 
 
 def begin_options(folder: Path) -> dict[str, Any]:
-    """The options of `Config` with which a run or a stream begins that is given a folder and nothing else: those that
-    follow from it, a window of two blocks of 512 tokens, and four sinks.
+    """All options of `Config` with which a run begins that is given a folder and nothing else: what follows from it, a
+    window of two blocks of 512 tokens, and four sinks.
 
     Raises:
         ValueError: a model that we cannot carry; names what of it.
     """
     content = read_json(folder / CONFIG)
     options = options_of(content, window=1, name=str(folder / CONFIG))  # the window is checked when it is known
-    return options | {
+    begin = {
         "block_width": 512, "num_xl_blocks": 1, "max_seq_len": 1024, "extra_memories": {"sinks": {"tokens": 4}},
-        "recurrent_layers": [], "attn_dropout": float(content.get("attention_dropout") or 0),
+        "recurrent_layers": (), "attn_dropout": float(content.get("attention_dropout") or 0),
     }  # fmt: skip
+    found = asdict(Config(**options | begin))
+    return found | {"recurrent_layers": [], "read_recurrent_layers": None}  # for whoever adds some
 
 
 def load_weights(folder: Path, config: Config) -> tuple[Config, dict[str, Tensor]]:

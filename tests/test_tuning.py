@@ -28,7 +28,7 @@ from block_recurrent_transformer_pytorch import (  # noqa: E402
     losses,
     pretrained,
 )
-from block_recurrent_transformer_pytorch.flags import parse  # noqa: E402
+from block_recurrent_transformer_pytorch.flags import PRESETS, model_config, parse  # noqa: E402
 from block_recurrent_transformer_pytorch.llama import to_llama  # noqa: E402
 
 BYTES = [
@@ -236,6 +236,13 @@ def test_a_loss_in_chunks_of_which_nothing_is_trained(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ a pretrained model's folder
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_has_a_say_in_a_model_that_is_there(llama, preset):
+    options = parse(["--preset", preset, "--init", str(llama)])
+    expected = BlockRecurrentTransformer.from_llama(llama, block_width=512, num_xl_blocks=1).config
+    assert model_config(options, 95).fingerprint == expected.fingerprint
 
 
 def test_a_llama_is_taken_with_its_tokenizer_and_can_be_overridden(llama, tmp_path):

@@ -113,6 +113,20 @@ def test_our_merging_is_that_of_peft() -> None:
     assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in expected.items())
 
 
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bound on what merging changes."""
+    page = (ROOT / "docs" / "how-to.md").read_text(encoding="utf-8").partition("## Adapters")[2]
+    code = page.partition("```py\n")[2].partition("```")[0]
+    torch.manual_seed(0)
+    model = BlockRecurrentTransformer(**SIZES).eval()
+    names: dict[str, Any] = {"model": model, "tokens": tokens_of(20), "nn": nn, "peft": peft}
+    expected = read(model)
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
+    assert torch.allclose(read(names["plain"]), expected, atol=1e-5)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ train.py
 
 SMALL = [
