@@ -317,6 +317,29 @@ def test_folders_that_are_refused(run, llama, tmp_path, capsys):
     assert "has no tokenizer.json" in refused()
 
 
+def test_a_llama_reads_a_book_and_is_asked(llama, text, tmp_path, capsys):
+    """Directly, and saved with its tokenizer: the same answers; the memory is bound to the window."""
+    window = ["--block", "4", "--xl-blocks", "2", "--sinks", "2"]
+    ask = ["--prompt", "And", "--max-new-tokens", "9", "--temperature", "0", "--device", "cpu", "--file", str(text)]
+
+    def answer(folder, *flags, status=0):
+        assert generate.main([str(folder), *ask, *flags]) == status
+        return capsys.readouterr()
+
+    book = ["--memory", str(tmp_path / "book.safetensors")]
+    told = answer(llama, *window, *book)
+    assert told.out.strip() and "token/s" in told.err  # the progress bar
+    model = BlockRecurrentTransformer.from_llama(llama, block_width=4, num_xl_blocks=2, sink_tokens=2)
+    tokenizer = pretrained.load_tokenizer(llama)
+    model.save_pretrained(tmp_path / "saved", tokenizer=tokenizer)
+    assert answer(tmp_path / "saved").out == told.out != answer(llama).out
+    tokens = torch.from_numpy(tokenizer.encode(text.read_bytes() + b"And"))[None]
+    assert tokenizer.decode(model.generate(tokens, max_new_tokens=9, temperature=0)[0].tolist()) == told.out.strip()
+    assert "block_width" in answer(llama, *book, "--block", "8", status=2).err
+    told = answer(tmp_path / "saved", "--sinks", "2", status=2)
+    assert "is no Llama's folder: its model has a sink_tokens of its own" in told.err
+
+
 # ----------------------------------------------------------------------------------------------- adapters that are read
 
 
