@@ -47,7 +47,6 @@ from tqdm import tqdm
 
 from block_recurrent_transformer_pytorch import (
     BlockRecurrentTransformer,
-    Config,
     Memories,
     RecurrentTrainWrapper,
     States,
@@ -56,7 +55,6 @@ from block_recurrent_transformer_pytorch import (
     data,
     detach,
     distributed,
-    lora,
     optim,
     planning,
     replay,
@@ -125,7 +123,8 @@ def build(options: argparse.Namespace, processes: Processes, path: Path, *, has_
     loss: nn.Module = segments
     if processes.size > 1 and options.parallel == "ddp":
         loss = distributed.replicate(segments, model, unused=bool(segments.wrapper.untrained()))
-    optimizer = make_optimizer(options, optim.parameter_groups(model, options.weight_decay))
+    groups = optim.parameter_groups(model, options.weight_decay)
+    optimizer = optim.make(options.optimizer, groups, lr=options.lr, betas=options.betas)
     schedule = optim.schedule(options.schedule, base=options.lr, max_steps=options.steps, end=options.lr_end,
                               warmup=min(options.warmup, options.steps))  # fmt: skip
     stream = data.DocumentStream(train, batch=options.batch, segment=options.segment, seed=options.seed,
@@ -138,12 +137,6 @@ def build(options: argparse.Namespace, processes: Processes, path: Path, *, has_
     scale = optim.LossScale(options.precision == "fp16")
     return Run(options, processes, path, model, segments, loss, optimizer, schedule, train, valid, sample, final,
                tokenizer, stream.rows, reader, generator, scale, carried)  # fmt: skip
-
-
-def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if options.optimizer == "adafactor":
-        return optim.Adafactor([{"params": group["params"]} for group in groups], lr=options.lr)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
 
 
 # ------------------------------------------------------------------------------------------------------------ 2 a step
@@ -456,7 +449,7 @@ def restore(run: Run) -> None:
 def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Everything that `save` wrote. A ValueError says why that cannot be; the checkpoint before may then be taken."""
     try:
-        check_options(run, saved)
+        runs.check_options(run.options, run.folder, run.model, run.batches.state_dict(), saved)
         processes, metadata, tensors = run.processes, saved.metadata, saved.tensors
         distributed.load_full_state(run.model, tensors["model"])
         distributed.load_optimizer_state(dict(run.model.named_parameters()), run.optimizer, tensors["optimizer"])
@@ -479,28 +472,6 @@ def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"it is not as train.py writes it: {type(error).__name__}: {text}") from error
-
-
-def check_options(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """The options that a run cannot change when it goes on."""
-    options, stream, metadata = run.options, run.batches.state_dict(), saved.metadata
-    if other := tuning.differences(Config.from_dict(metadata["model_config"]), run.model.config):
-        raise ValueError(f"its model has other sizes or options than those given now: {other}; to begin a new run with "
-                         f"its weights: --init {run.folder} --out NEW")  # fmt: skip
-    if lora.shapes(saved.tensors["model"]) != lora.shapes(run.model.state_dict()):
-        raise ValueError(f"--lora-rank {options.lora_rank}: the run in {run.folder} has other adapters, or none; to "
-                         f"begin a new run with its weights: --init {run.folder} --out NEW")  # fmt: skip
-    own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
-    for name, now in own.items():
-        then = metadata["optimizer"] if name == "optimizer" else metadata["stream"][name]
-        if then != now:
-            raise ValueError(f"--{name} {now}: the run in {run.folder} has {then}")
-    if metadata["stream"]["corpus"] != stream["corpus"]:
-        raise ValueError(f"--data {options.data}: the run in {run.folder} reads another text, or its files have "
-                         f"changed since; to train its weights on this one: --init {run.folder} --out NEW")  # fmt: skip
-    then, dtype = saved.tensors["model"]["token_emb.weight"].dtype, run.model.token_emb.weight.dtype
-    if then != dtype:
-        raise ValueError(f"--precision {options.precision} keeps weights in {dtype}, the run in {run.folder} in {then}")
 
 
 # ------------------------------------------------------------------------------------------------------- 5 the run

@@ -332,6 +332,13 @@ def _check_adafactor(group: dict[str, Any]) -> None:
         raise ValueError(f"weight_decay={group['weight_decay']}: the authors' Adafactor has none, set it to 0")
 
 
+def make(name: str, groups: list[dict[str, Any]], *, lr: float, betas: list[float]) -> Optimizer:
+    """ "adamw", or the authors' "adafactor", which has neither betas nor a weight decay, for groups of parameters."""
+    if name == "adafactor":
+        return Adafactor([{"params": group["params"]} for group in groups], lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+
+
 # 3 precision
 
 
