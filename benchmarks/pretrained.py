@@ -164,9 +164,14 @@ def is_plain(module: nn.Module, name: str) -> bool:
 
 
 def quantisers() -> dict[str, Callable[[BlockRecurrentTransformer], nn.Module]]:
-    from torch.ao.quantization import quantize_dynamic
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def without_outliers(model: BlockRecurrentTransformer) -> nn.Module:
+        maps = [name for name, module in model.named_modules() if is_plain(module, name)]
+        kept = [name for name in maps if not name.endswith("feed_forward.to_out")]
+        return quantize_dynamic(model, dict.fromkeys(kept, per_channel_dynamic_qconfig))
 
     def with_torchao(config: Any, model: BlockRecurrentTransformer) -> nn.Module:
         quantize_(model, config, is_plain)
@@ -176,6 +181,7 @@ def quantisers() -> dict[str, Callable[[BlockRecurrentTransformer], nn.Module]]:
         "fp32": lambda model: model,
         "bf16": lambda model: model.bfloat16(),
         "int8, torch dynamic": lambda model: quantize_dynamic(model, {nn.Linear}),
+        "the same, but fp32 feed_forward.to_out": without_outliers,
         "int8 weights, torchao": partial(with_torchao, Int8WeightOnlyConfig()),
         "int4 weights, torchao, bf16": lambda model: with_torchao(
             PrototypeInt4WeightOnlyConfig(group_size=32), model.bfloat16()

@@ -70,7 +70,7 @@ def from_llama(
     }  # fmt: skip
     options["extra_memories"] = sinks | options.get("extra_memories", {})
     config = Config(**theirs | own | options)
-    entries = Entries({name: moved_to(dtype, tensor) for name, tensor in weights.items()}, name)
+    entries = Entries({entry: moved_to(dtype, weights.pop(entry)) for entry in list(weights)}, name)  # not twice
     for layer in range(1, config.depth + 1):
         move_layer(entries, config, layer, is_fused=content["model_type"] == "phi3")
     move_ends(entries, config)
