@@ -128,8 +128,7 @@ def load_documents(options: argparse.Namespace, trained: dict[str, Any]) -> tupl
     if options.documents:
         source = data.Source(source.documents[: options.documents])
     print(f"{path}, {options.split}: {source.describe()}")
-    tokenizer = data.FileTokenizer(trained["tokenizer"]) if trained["tokenizer"] else data.ByteTokenizer()
-    return source, data.build_corpus(source, tokenizer, trained["cache"])
+    return source, data.build_corpus(source, pretrained.load_tokenizer(options.run), trained["cache"])
 
 
 def lay_out(corpus: data.Corpus, width: int) -> Layout:
@@ -383,7 +382,7 @@ def evaluate(options: argparse.Namespace) -> None:
     trained = load_options(folder)
     model = load_model(folder, options.checkpoint, options.device)
     source, corpus = load_documents(options, trained)
-    if corpus.num_tokens != model.config.num_tokens:
+    if corpus.num_tokens > model.config.num_tokens:  # a model may have more ids than its tokenizer
         raise ValueError(f"--data gives {corpus.num_tokens} kinds of tokens, the model has {model.config.num_tokens}")
     layout = lay_out(corpus, model.config.block_width)
     rows = min(options.rows, corpus.num_documents)

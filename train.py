@@ -16,7 +16,7 @@ What a run leaves in its folder:
     config.json       all options, the git commit, versions         checkpoints/   to go on from: the last and the best
     metrics.jsonl     one object a step: step, loss, ...            curve.png      the learning curve, with matplotlib
     timing.jsonl      seconds and tokens/s of the steps             sample.txt     what the model writes
-    tensorboard/      with tensorboard
+    tensorboard/      with tensorboard                              tokenizer.json  if it reads no bytes
 """
 
 from __future__ import annotations
@@ -400,6 +400,9 @@ def write_config(run: Run) -> None:
     }  # fmt: skip
     with written_at_once(run.folder / "config.json") as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
+    if isinstance(run.tokenizer, data.FileTokenizer):
+        with written_at_once(run.folder / "tokenizer.json") as file:
+            file.write(run.tokenizer.content)
 
 
 def save(run: Run, log: Log) -> bool:

@@ -324,6 +324,8 @@ def gather(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     options_of_run: dict[str, Any] = {}
     if given.resume is not None and (Path(folder) / "config.json").exists():
         options_of_run = read_options(parser, "--resume", Path(folder) / "config.json")
+        if (Path(folder) / "tokenizer.json").is_file():  # whatever became of the one that was given
+            options_of_run["tokenizer"] = str(Path(folder) / "tokenizer.json")
         read += as_flags(options_of_run)
     if given.init:  # whose options give way to all others
         try:

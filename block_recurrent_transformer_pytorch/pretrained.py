@@ -283,7 +283,10 @@ def load_tokenizer(path: StrPath) -> data.Tokenizer:
         options = read_json(folder / CONFIG).get("options")
         if not isinstance(options, dict) or "tokenizer" not in options:
             raise ValueError(f"{folder / CONFIG} says nothing of a tokenizer")
-        return data.FileTokenizer(options["tokenizer"]) if options["tokenizer"] else data.ByteTokenizer()
+        if not options["tokenizer"]:
+            return data.ByteTokenizer()
+        own = folder / TOKENIZER  # runs of version 1.1.0 do not keep it
+        return data.FileTokenizer(own if own.is_file() else options["tokenizer"])
     if is_of_transformers(folder) and not (folder / TOKENIZER).is_file():
         raise ValueError(f"{folder} has no {TOKENIZER}: AutoTokenizer.from_pretrained(...).save_pretrained writes one")
     kept = TOKENIZER if is_of_transformers(folder) else read_config(folder).get("tokenizer")

@@ -5,6 +5,7 @@ Adapters in training need PEFT: tests/slow/test_peft.py.
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import evaluate  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
 from block_recurrent_transformer_pytorch import (  # noqa: E402
@@ -270,6 +272,20 @@ def test_a_run_begins_as_the_llama_and_is_read_by_the_other_commands(run, llama,
     assert pretrained.load_tokenizer(tmp_path / "a").content == (llama / "tokenizer.json").read_bytes()
     assert generate.main([str(tmp_path / "a"), "--prompt", "In the", "--max-new-tokens", "3", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_a_run_goes_on_and_is_read_without_the_llama(run, llama, tmp_path, capsys, monkeypatch):
+    """Its tokenizer is in its folder."""
+    content = (llama / "tokenizer.json").read_bytes()
+    run("whole", "--init", str(llama), *WINDOW, "--schedule", "constant")
+    run("cut", "--init", str(llama), *WINDOW, "--schedule", "constant", "--steps", "2")
+    shutil.rmtree(llama)
+    assert train.main(["--resume", str(tmp_path / "cut"), "--device", "cpu", "--steps", "3"]) == 0
+    assert not changed(tmp_path / "cut", saved(tmp_path / "whole")["model"])
+    assert pretrained.load_tokenizer(tmp_path / "cut").content == content
+    assert evaluate.main([str(tmp_path / "cut"), "--device", "cpu"]) == 0
+    options = parse([*STEPS, "--init", str(tmp_path / "cut")])
+    assert options.tokenizer == str(tmp_path / "cut" / "tokenizer.json") and options.vocabulary == 300
 
 
 def test_a_llama_of_half_precision_is_trained_in_fp32(run, llama, tmp_path):
