@@ -31,6 +31,7 @@ from block_recurrent_transformer_pytorch import (  # noqa: E402
     pretrained,
 )
 from block_recurrent_transformer_pytorch.flags import PRESETS, model_config, parse  # noqa: E402
+from block_recurrent_transformer_pytorch.kernels import unit  # noqa: E402
 from block_recurrent_transformer_pytorch.llama import to_llama  # noqa: E402
 
 BYTES = [
@@ -225,6 +226,19 @@ def test_a_frozen_head_builds_no_gradient_of_its_weight(monkeypatch, at_once):
         assert (head.weight.grad is None) == frozen
     assert found[True][0] == 0 < found[False][0]
     assert torch.equal(found[True][1], found[False][1])
+
+
+def test_a_frozen_gain_costs_no_gradient():
+    """Of a norm's backward pass, whose product with the gradient is as large as its input."""
+    x, gain = torch.randn(4, 8, requires_grad=True), torch.nn.Parameter(torch.randn(8))
+    found = {}
+    for frozen in (False, True):
+        out = unit(x, gain.requires_grad_(not frozen))
+        x.grad = None
+        with Sizes({(4, 8)}) as sizes:
+            out.sum().backward()
+        found[frozen] = sizes.count, x.grad
+    assert found[True][0] < found[False][0] and torch.equal(found[True][1], found[False][1])
 
 
 def test_a_loss_in_chunks_of_which_nothing_is_trained(monkeypatch):
