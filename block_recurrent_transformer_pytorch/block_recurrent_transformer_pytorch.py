@@ -32,10 +32,11 @@ e dim_head.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -91,7 +92,8 @@ from .kernels import (
     without_autocast,
 )
 from .losses import Reduction, cross_entropy
-from .rotary import ROTARIES, Rotary
+from .rotary import ROTARIES, Rotary, frequencies
+from .routing import Operator, Reading, Router, Store
 from .spans import Shape, Span, in_order, make_plan, take
 from .token_gated import TokenGatedCell
 
@@ -105,6 +107,7 @@ class Mode(NamedTuple):
     recompute: bool  # cheap parts are computed again in the backward pass instead of being kept
     checkpoint: bool  # so are whole layers
     in_parts: bool  # a large hidden layer exists a part at a time
+    auxiliary: tuple[str, ...] = ()  # names of the auxiliary losses to compute
 
     def dropout(self, x: Tensor, rate: float) -> Tensor:
         return F.dropout(x, rate) if self.use_dropout and rate > 0 else x
@@ -552,6 +555,7 @@ class MemoryKind(nn.Module):
         per_block: entries that one block becomes.
         delay: complete blocks before the first one comes in.
         is_near: whether the entries stand directly in front of the XL memory, and not behind the compressed memory.
+        losses: names of the auxiliary losses that come of it.
     """
 
     name: str = ""
@@ -559,6 +563,7 @@ class MemoryKind(nn.Module):
     per_block: int = 1
     delay: int = 0
     is_near: bool = False
+    losses: tuple[str, ...] = ()
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -713,6 +718,85 @@ class SinkMemory(MemoryKind):
 
     def check(self, name: str, memory: Any, batch: int, like: Tensor) -> None:
         check_kv(name, memory, (batch, self.kv_heads, self.width, self.dim_head), like)
+
+
+@register_memory("routed")
+class RoutedMemory(MemoryKind):
+    """A store of what left the XL memory, in which each query finds the few chunks that it reads: routing.py.
+
+    It puts no entries in front of the block. Its layer attends to the window and to the chosen chunks in one softmax,
+    to the latter with queries and keys that are not turned by their positions unless `positions` is "rotary".
+
+    Args:
+        training: what is attended to in training, the "chosen" chunks or "all" (which teaches a router at first).
+        gradient_rate: the share of rows, drawn in each training call, whose stored keys and values get a gradient.
+        dtype: "float32", "bfloat16", ...; default that of the model.
+        positions: "none", or "rotary" with the frequencies of the config.
+        capacity, chunk_size, num_chosen, operator, temperature, summary, num_summaries, key_shift: those of
+            `routing.Router`.
+    """
+
+    losses = ("distillation",)
+
+    def __init__(
+        self, config: Config, layer: int, *, training: Literal["chosen", "all"] = "chosen", gradient_rate: float = 1.0,
+        dtype: str | None = None, positions: Literal["none", "rotary"] = "none", capacity: int = 262_144,
+        chunk_size: int = 16, num_chosen: int = 8, operator: Operator = "coordinate_descent", temperature: float = 1.0,
+        summary: Literal["mean", "gate"] = "mean", num_summaries: int = 1, key_shift: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(config, layer)
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"extra_memories['routed']: dtype={dtype!r} is no type of torch, such as 'bfloat16'")
+        if training not in ("chosen", "all"):
+            raise ValueError(f"extra_memories['routed']: training must be 'chosen' or 'all', not {training!r}")
+        if not 0 <= gradient_rate <= 1:
+            raise ValueError(f"extra_memories['routed']: gradient_rate must be from 0 to 1, not {gradient_rate}")
+        self.attends_to_all, self.gradient_rate = training == "all", gradient_rate
+        turns, growth = None, 1.0
+        if positions == "rotary" and config.dim_head % 2 == 0:
+            turns, growth = frequencies(config.dim_head, config.rotary_base, config.rotary_scaling, torch.device("cpu"))
+        self.router = Router(
+            kv_heads=config.kv_heads, dim_head=config.dim_head, block_width=config.block_width,
+            capacity=capacity, chunk_size=chunk_size, num_chosen=num_chosen, operator=operator,
+            temperature=temperature, summary=summary, num_summaries=num_summaries, key_shift=key_shift,
+            max_blocks=config.max_seq_len // config.block_width, positions=positions, frequencies=turns, growth=growth,
+            scale=ATTENTIONS[config.qk_norm_of_tokens(layer)](config).scale,
+            dtype=None if dtype is None else getattr(torch, dtype),
+        )  # fmt: skip
+
+    def empty(self, batch: int, like: Tensor) -> Store:
+        return self.router.empty(batch, like)
+
+    def view(self, memory: Store) -> KV:
+        return KV(*(x[:, :, 0, :0] for x in memory[:2]))
+
+    def append(self, memory: Store, blocks: KV, span: Span) -> Appended:
+        """Leaves the store to `read`: the queries of blocks that come together need it as each of them found it."""
+        nothing = KV(*(x[:, None, :, :0].expand(-1, span.num_blocks, -1, -1, -1) for x in blocks))
+        return Appended(nothing, None, memory)
+
+    def read(
+        self, memory: Store, q: Tensor, window: KV, bias: Tensor | None, leaving: Leaving, span: Span, mode: Mode,
+        *, far_q: Tensor, distance: int | Tensor, dropout: float,
+    ) -> tuple[Reading, Store]:  # fmt: skip
+        """Stores what leaves the XL memory, ready keys and values, and attends: `Router.forward`."""
+        blocks, in_place = leaving.blocks, span.in_place and not torch.is_grad_enabled() and is_writable(memory.k)
+        if blocks is not None and mode.use_dropout and self.gradient_rate < 1:
+            drawn = torch.rand(len(q), 1, 1, 1, device=q.device) < self.gradient_rate
+            blocks = KV(*(torch.where(drawn, x, x.detach()) for x in blocks))
+        found: tuple[Reading, Store] = self.router(
+            memory, q, window, bias, blocks=blocks, rows=leaving.rows, in_place=in_place, far_q=far_q,
+            distance=distance, dropout=dropout, everything=self.attends_to_all and mode.use_dropout,
+            distil="distillation" in mode.auxiliary,
+        )  # fmt: skip
+        return found
+
+
+class Leaving(NamedTuple):
+    """What the blocks of a span push out of the XL memory."""
+
+    blocks: KV | None = None  # (b, g, t w, e); None: nothing
+    rows: Tensor | None = None  # the rows, (b,) bool, in which it does; None: all
 
 
 def extend(buffer: KV, new: KV, span: Span, start: int = 0) -> KV:
@@ -1047,7 +1131,8 @@ class Taken(NamedTuple):
     """What the memory of a layer makes of the new tokens of a span."""
 
     keys: KV  # [memories ; block] as the queries see them, (b t, g, j, e)
-    memory: LayerMemory  # after the span
+    memory: LayerMemory  # after the span, but for a routed store, which is written where it is read
+    leaving: Leaving
     for_states: KV | None  # what states attend to as each block completes, (b, t, g, j, e); None: no block does
 
 
@@ -1056,6 +1141,7 @@ class LayerOutput(NamedTuple):
     memory: LayerMemory
     state: Tensor | None  # of the layer's cell, (b, s, d); None in a plain layer
     state_kv: KV | None  # of the states as of the start of each block, (b, t, g, s, e)
+    losses: dict[str, Tensor]  # auxiliary losses by name, each (2,): a sum, and of how many
 
 
 class TransformerBlock(nn.Module):
@@ -1085,6 +1171,10 @@ class TransformerBlock(nn.Module):
         for name, options in config.extra_memories.items():
             if layer in config.extra_layers(name):
                 own = {option: value for option, value in options.items() if option != "layers"}
+                try:
+                    inspect.signature(MEMORIES[name]).bind(config, layer, **own)
+                except TypeError as error:
+                    raise ValueError(f"extra_memories[{name!r}]: {error}") from error
                 kind: MemoryKind = MEMORIES[name](config, layer, **own)
                 kind.name = name
                 self.extra[name] = kind
@@ -1093,11 +1183,11 @@ class TransformerBlock(nn.Module):
     @torch.no_grad()
     def match(self) -> None:
         """Matching initial values: one orthogonal map makes keys and values of tokens and states, and all queries."""
-        assert self.cell is not None
         to_kv = nn.init.orthogonal_(torch.empty(self.widths[-1], self.to_qkv.in_features))
         q = as_queries(to_kv, self.kv_heads, self.heads)
         self.to_qkv.weight.copy_(torch.cat((q.repeat(len(self.widths) - 1, 1), to_kv)))
-        self.cell.match(to_kv)
+        if self.cell is not None:
+            self.cell.match(to_kv)
 
     @property
     def kinds(self) -> list[MemoryKind]:
@@ -1105,6 +1195,15 @@ class TransformerBlock(nn.Module):
         extra = cast(list[MemoryKind], self.extra.values())
         near, far = [kind for kind in extra if kind.is_near], [kind for kind in extra if not kind.is_near]
         return [self.xl, *near, *far] if self.compressor is None else [self.xl, *near, self.compressor, *far]
+
+    @property
+    def routed(self) -> RoutedMemory | None:
+        """The memory that the queries of this layer choose from, if it has one."""
+        return cast(RoutedMemory, self.extra["routed"]) if "routed" in self.extra else None
+
+    @property
+    def auxiliary_losses(self) -> set[str]:
+        return {name for kind in self.kinds for name in kind.losses}
 
     def empty_memory(self, batch: int, like: Tensor) -> LayerMemory:
         past = {kind.name: kind.empty(batch, like) for kind in self.kinds}
@@ -1148,10 +1247,17 @@ class TransformerBlock(nn.Module):
             own_kv, state = self.updated(self.cell, state, state_kv, taken.for_states, span, mode)
             if self.is_own_read:
                 reads = (own_kv, *reads)
-        found = [self.self_attention(q, taken.keys, visibility, t, mode), *self.read_states(to_read, reads, t)]
+        memory = taken.memory
+        losses: dict[str, Tensor] = {}
+        if self.routed is None:
+            own = self.self_attention(q, taken.keys, visibility, t, mode)
+        else:
+            own, store, losses = self.routed_attention(self.routed, q, taken, span, visibility, mode)
+            memory = memory._replace(past=memory.past | {self.routed.name: store})
+        found = [own, *self.read_states(to_read, reads, t)]
         x = x + mode.recomputed(self.combine, *(join_heads(one, t) for one in found))
         x = x + self.feed_forward(x, mode)
-        return LayerOutput(x, taken.memory, state, own_kv)
+        return LayerOutput(x, memory, state, own_kv, losses)
 
     def project(self, x: Tensor, mode: Mode) -> Tensor:
         """Tokens (b, t n, d) -> their queries, keys and values, side by side."""
@@ -1167,6 +1273,39 @@ class TransformerBlock(nn.Module):
         dropout = self.attn_dropout if mode.use_dropout else 0.0
         found: Tensor = self.heads_norm(q, keys.k, keys.v, mask=mask, causal=causal, dropout=dropout)
         return found
+
+    def routed_attention(
+        self, routed: RoutedMemory, q: Tensor, taken: Taken, span: Span, visibility: Visibility, mode: Mode
+    ) -> tuple[Tensor, Store, dict[str, Tensor]]:
+        """`self_attention` that reads the chosen chunks of a store, too; the next store, and auxiliary losses."""
+        t = span.num_blocks
+        content = self.heads_norm.queries(split_heads(q, t, self.heads))
+        near, far = (
+            rearrange(x, "(b t) h n e -> b h t n e", t=t) for x in (rotate(content, visibility.q_tables), content)
+        )
+        window = KV(*(rearrange(x, "(b t) g j e -> b g t j e", t=t) for x in taken.keys))
+        left = taken.leaving
+        if left.blocks is not None:
+            left = left._replace(blocks=KV(self.heads_norm.ready(left.blocks.k), left.blocks.v))
+        reading, store = routed.read(
+            taken.memory.past[routed.name], near, window, self.hidden_keys(visibility, near), left, span, mode,
+            far_q=far, distance=self.xl.width + span.offset, dropout=self.attn_dropout if mode.use_dropout else 0.0,
+        )  # fmt: skip
+        losses = {}
+        if "distillation" in mode.auxiliary:
+            losses["distillation"] = summed(reading.distillation, (reading.seen > 0)[:, None, :, None], span)
+        return rearrange(reading.out, "b h t n e -> (b t) h n e"), store, losses
+
+    def hidden_keys(self, visibility: Visibility, q: Tensor) -> Tensor | None:
+        """What is added to the logits of the window, (1 or b, h or 1, 1, n, j): position biases, -inf if not seen."""
+        if self.position_bias is not None:
+            return self.biases(visibility, q.dtype)[:, :, None]
+        mask = visibility.mask
+        if visibility.causal:
+            n = q.shape[3]
+            mask = torch.ones(n, visibility.last - visibility.first, dtype=torch.bool, device=q.device)
+            mask = mask.tril(visibility.last - visibility.first - n)
+        return None if mask is None else additive(mask, 1, q.dtype)[:, :, None]
 
     def biases(self, visibility: Visibility, dtype: torch.dtype) -> Tensor:
         """The position bias of each query and key, -inf where the key is not seen, (1 or b, h, n, j)."""
@@ -1208,8 +1347,9 @@ class TransformerBlock(nn.Module):
         block = new if is_whole else extend(memory.block, new, span)
         if span.completes is False:
             ready = self.extended_ready(memory, new, span, visibility)
-            return Taken(self.visible(ready, span, visibility), LayerMemory(block, memory.past, ready), None)
-        seen, past = self.append_block(memory.past, block, span)
+            after = LayerMemory(block, memory.past, ready)
+            return Taken(self.visible(ready, span, visibility), after, Leaving(), None)
+        seen, past, leaving = self.append_block(memory.past, block, span)
         blocks = KV(*(windows(x, self.block_width, self.block_width, span.num_blocks) for x in block))
         if is_whole:
             k, v = (cat_keys(*parts, own).flatten(0, 1) for own, *parts in zip(blocks, *reversed(seen)))
@@ -1225,15 +1365,18 @@ class TransformerBlock(nn.Module):
         left = KV(*(zeros(x, *x.shape) for x in memory.block))
         if isinstance(span.completes, Tensor):
             left = choose_rows(span.completes, left, block)
-        return Taken(self.visible(keys, span, visibility), LayerMemory(left, past), for_states)
+        return Taken(self.visible(keys, span, visibility), LayerMemory(left, past), leaving, for_states)
 
-    def append_block(self, past: dict[str, Any], block: KV, span: Span) -> tuple[list[KV], dict[str, Any]]:
-        """Puts blocks (b, g, t w, e) into all memories: what each block sees, the nearest first, and what is left."""
-        seen, after = [], dict(past)
+    def append_block(self, past: dict[str, Any], block: KV, span: Span) -> tuple[list[KV], dict[str, Any], Leaving]:
+        """Puts blocks (b, g, t w, e) into all memories: what each block sees, the nearest first, the memories
+        afterwards, and what left the first."""
+        seen, after, leaving = [], dict(past), Leaving()
         blocks, rows = block, span.completes
         for kind in self.kinds:
             if kind is not self.xl:
                 rows = arriving(span, self.xl.blocks_until_full)
+                if rows is not False:
+                    leaving = Leaving(blocks, rows if isinstance(rows, Tensor) else None)
             if isinstance(rows, Tensor):
                 appended = kind.append_rows(past[kind.name], blocks, span, rows)
             elif rows:
@@ -1243,7 +1386,7 @@ class TransformerBlock(nn.Module):
             seen.append(appended.seen)
             after[kind.name] = appended.memory
             blocks = blocks if appended.evicted is None else appended.evicted
-        return seen, after
+        return seen, after, leaving
 
     def made_ready(self, k: Tensor, table: Rotation | None) -> Tensor:
         """Stored keys as the queries see them: normalised, scaled, and turned by their positions."""
@@ -1287,6 +1430,14 @@ class TransformerBlock(nn.Module):
         held = self.xl.held_by_rows(span.full_blocks + span.extra_blocks)
         places = torch.arange(self.xl.width + self.block_width, device=held.device)
         return (places >= self.xl.width - held[:, None])[:, None, None]
+
+
+def summed(losses: Tensor, counts: Tensor, span: Span) -> Tensor:
+    """The sum of losses (b, g, t, n), one a token, where `counts` (broadcast) and the token is there, and how many."""
+    if span.row_lengths is not None:
+        counts = counts & (torch.arange(losses.shape[3], device=losses.device) < per_row(span.row_lengths, losses))
+    counts = counts.expand_as(losses)
+    return torch.stack((losses.masked_fill(~counts, 0).sum(), counts.sum().to(losses.dtype)))
 
 
 def arriving(span: Span, delay: int) -> bool | Tensor:
@@ -1334,6 +1485,7 @@ class Encoded(NamedTuple):
     memories: Memories
     states: States
     layers: tuple[Tensor, ...] | None  # the embedded tokens, and the output of each layer: depth + 1 of (b, n, d)
+    losses: dict[str, Tensor]  # auxiliary losses by name, each a mean
 
 
 @dataclass
@@ -1343,6 +1495,7 @@ class Carry:
     layers: list[LayerMemory]
     states: dict[int, Tensor]  # by the number of the recurrent layer
     kv: dict[int, KV]  # keys and values of these states, once they are projected
+    losses: dict[str, Tensor] = field(default_factory=dict)  # auxiliary losses by name, each (2,): a sum, and how many
 
 
 class BlockRecurrentTransformer(nn.Module):
@@ -1386,8 +1539,9 @@ class BlockRecurrentTransformer(nn.Module):
         if config.init == "lecun":
             self.apply(init_lecun)
         if config.matching_init:
-            for number in self.cells:
-                self.layer(number).match()
+            for layer in (self.layer(number) for number in range(1, config.depth + 1)):
+                if layer.cell is not None or layer.routed is not None:
+                    layer.match()
 
     def layer(self, number: int) -> TransformerBlock:
         """The layer of that number, from 1."""
@@ -1396,6 +1550,12 @@ class BlockRecurrentTransformer(nn.Module):
     def cell(self, number: int) -> RecurrentCell | TokenGatedCell:
         """The recurrent cell of the layer of that number."""
         return cast("RecurrentCell | TokenGatedCell", self.layer(number).cell)
+
+    @property
+    def auxiliary_losses(self) -> tuple[str, ...]:
+        """Names of the auxiliary losses that this model has."""
+        numbers = range(1, self.config.depth + 1)
+        return tuple(sorted({name for number in numbers for name in self.layer(number).auxiliary_losses}))
 
     # -- other ways to make one
 
@@ -1567,6 +1727,7 @@ class BlockRecurrentTransformer(nn.Module):
         loss_weights: Tensor | None = None,
         return_hidden: bool = False,
         logits_to_keep: int | None = None,
+        auxiliary: Mapping[str, float] | None = None,
         overwrite: bool = False,
         use_dropout: bool | None = None,
     ) -> tuple[Tensor, Memories, States]:
@@ -1588,8 +1749,10 @@ class BlockRecurrentTransformer(nn.Module):
             loss_weights: (b, n), weights of the losses; the mean is then the weighted one.
             return_hidden: the normalised hidden states (b, n, d) instead of logits; those of every layer: `encode`.
             logits_to_keep: only the logits of the last tokens of each row, so many.
-            overwrite: `xl_memories` are given away, and a single token may be written into them instead of into a
-                copy; they must not be used again. For decoding, without gradients.
+            auxiliary: with `return_loss`, weights of auxiliary losses by name (`auxiliary_losses` lists those of this
+                model). What is returned is the cross-entropy as ever; its gradient is that of the weighted sum.
+            overwrite: `xl_memories` are given away: a single token, and what enters a routed store, is written into
+                them instead of into a copy; they must not be used again. Without gradients.
             use_dropout: default as `model.train()` and `model.eval()` say.
 
         Returns:
@@ -1604,6 +1767,8 @@ class BlockRecurrentTransformer(nn.Module):
             raise ValueError("give either x, token ids, or inputs_embeds")
         if not return_loss and (reduction != "mean" or loss_weights is not None):
             raise ValueError(f"reduction={reduction!r} and loss_weights need return_loss=True")
+        if auxiliary and (not return_loss or reduction != "mean"):
+            raise ValueError(f"auxiliary={dict(auxiliary)} needs return_loss=True and reduction='mean'")
         targets = None
         if return_loss:
             x, targets = self.shifted(x, logits_to_keep, return_hidden)
@@ -1614,12 +1779,15 @@ class BlockRecurrentTransformer(nn.Module):
         assert inputs_embeds is not None
         if logits_to_keep is not None:
             check_count("logits_to_keep", logits_to_keep, inputs_embeds.shape[1])
-        hidden, memories, carried, _ = self.encode(
+        hidden, memories, carried, _, losses = self.encode(
             inputs_embeds, xl_memories=xl_memories, states=states, reset=reset, reset_states=reset_states,
-            lengths=lengths, overwrite=overwrite, use_dropout=use_dropout,
+            lengths=lengths, overwrite=overwrite, use_dropout=use_dropout, auxiliary=tuple(auxiliary or ()),
         )  # fmt: skip
         if targets is not None:
-            return self.loss(hidden, targets, lengths, reduction, loss_weights), memories, carried
+            loss = self.loss(hidden, targets, lengths, reduction, loss_weights)
+            for name, weight in (auxiliary or {}).items():
+                loss = loss + weight * (losses[name] - losses[name].detach())
+            return loss, memories, carried
         if logits_to_keep is not None:
             hidden = last_tokens(hidden, lengths, logits_to_keep)
         return hidden if return_hidden else self.logits(hidden), memories, carried
@@ -1636,11 +1804,14 @@ class BlockRecurrentTransformer(nn.Module):
         overwrite: bool = False,
         use_dropout: bool | None = None,
         return_layers: bool = False,
+        auxiliary: tuple[str, ...] = (),
     ) -> Encoded:
         """Embedded tokens (b, n, d) -> hidden states: all layers, and nothing of ids or logits.
 
-        Arguments as in `forward`; with `return_layers` the output of every layer, too.
+        Arguments as in `forward`; with `return_layers` the output of every layer, too, and the named auxiliary losses.
         """
+        if unknown := sorted(set(auxiliary) - set(self.auxiliary_losses)):
+            raise ValueError(f"auxiliary={unknown}: this model has the auxiliary losses {list(self.auxiliary_losses)}")
         if overwrite and torch.is_grad_enabled():
             raise ValueError("overwrite=True cannot be combined with gradients: call the model under torch.no_grad()")
         self.check(embedded, xl_memories, states, {"reset": reset, "reset_states": reset_states}, lengths)
@@ -1651,7 +1822,7 @@ class BlockRecurrentTransformer(nn.Module):
         carry = Carry(
             list(memories.layers), dict(zip(self.cells, carried.layers)), dict(zip(self.cells, carried.kv or ()))
         )
-        mode, outputs = self.mode(use_dropout), []
+        mode, outputs = self.mode(use_dropout)._replace(auxiliary=auxiliary), []
         for span in plan.spans:
             span = span._replace(in_place=overwrite)
             outputs.append(self.run_span(take(embedded, span), carry, span, mode, return_layers))
@@ -1662,7 +1833,8 @@ class BlockRecurrentTransformer(nn.Module):
         carried = States(tuple(carry.states[cell] for cell in self.cells), kv)
         if torch.is_grad_enabled():
             memories, carried = with_idle_rows(*without_derived(memories, carried), *before, lengths)
-        return Encoded(hidden, memories, carried, tuple(layers) if return_layers else None)
+        losses = {name: total / count.clamp(min=1) for name, (total, count) in carry.losses.items()}
+        return Encoded(hidden, memories, carried, tuple(layers) if return_layers else None, losses)
 
     # -- spans, groups of layers, layers
 
@@ -1716,6 +1888,8 @@ class BlockRecurrentTransformer(nn.Module):
         out: LayerOutput
         out = checkpoint(layer, x, use_reentrant=False, **arguments) if mode.checkpoint else layer(x, **arguments)
         carry.layers[index] = out.memory
+        for name, loss in out.losses.items():
+            carry.losses[name] = carry.losses[name] + loss if name in carry.losses else loss
         if out.state is not None and out.state_kv is not None:
             carry.states[number], now[number] = out.state, out.state_kv
         return out.x
@@ -1917,6 +2091,7 @@ class RecurrentTrainWrapper(nn.Module):
         seq_len: tokens of a segment; default the model's max_seq_len.
         detach_segments: True cuts the gradients between segments, so that `segments` needs the memory of one;
             False lets them through all.
+        auxiliary_losses: weights by name, in training; see `BlockRecurrentTransformer.forward`.
         generator: source of the randomness of the two dropouts, on the CPU; default torch's own.
 
     Raises:
@@ -1927,6 +2102,7 @@ class RecurrentTrainWrapper(nn.Module):
     def __init__(
         self, transformer: nn.Module, xl_memories_dropout: float = 0.0, state_dropout: float = 0.0, *,
         seq_len: int | None = None, detach_segments: bool = True, generator: torch.Generator | None = None,
+        auxiliary_losses: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.transformer = transformer
@@ -1941,6 +2117,9 @@ class RecurrentTrainWrapper(nn.Module):
             raise ValueError(f"seq_len must be at least 1, not {self.seq_len}")
         self.xl_memories_dropout, self.state_dropout = xl_memories_dropout, state_dropout
         self.detach_segments, self.generator = detach_segments, generator
+        self.auxiliary_losses = auxiliary_losses or {}
+        if unknown := sorted(self.auxiliary_losses.keys() - set(self.model.auxiliary_losses)):
+            raise ValueError(f"auxiliary_losses={unknown}: the model has {list(self.model.auxiliary_losses)}")
         if untrained := self.untrained():
             warnings.warn(
                 f"with segments of {self.seq_len} tokens, blocks of {config.block_width} and gradients cut between "
@@ -2016,8 +2195,9 @@ class RecurrentTrainWrapper(nn.Module):
         if forget is not None and memories is not None:
             memories = forget_rows(memories, forget)
         loss, memories, states = self.transformer(
-            part, xl_memories=memories, states=states, reset=reset, reset_states=reset_states, return_loss=True
-        )
+            part, xl_memories=memories, states=states, reset=reset, reset_states=reset_states, return_loss=True,
+            auxiliary=self.auxiliary_losses if self.training else None,
+        )  # fmt: skip
         return loss, memories, states
 
     def forward(

@@ -127,7 +127,8 @@ class Config:
     tie_embeddings: bool = False  # logits = h E^T * logit_scale
     logit_scale: float | None = None  # None: 1 / sqrt(dim) with tied embeddings, else 1
     init: Literal["torch", "lecun"] = "torch"  # PyTorch's initial values, or those of the paper's authors
-    matching_init: bool = False  # recurrent layers begin with one map for the keys of tokens and states and all queries
+    matching_init: bool = False
+    # recurrent and routed layers begin with one map for the keys of tokens and states and all queries
     embedding_std: float = 1.0  # of the initial embeddings
     attn_dropout: float = 0.0  # on the matrix of the tokens' self-attention
     ff_dropout: float = 0.0  # on the output of the feed-forward

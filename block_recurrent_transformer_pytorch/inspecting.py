@@ -25,9 +25,9 @@ from .block_recurrent_transformer_pytorch import (
     Attention,
     BlockRecurrentTransformer,
     Gate,
-    MemoryKind,
     RecurrentCell,
     RecurrentTrainWrapper,
+    RoutedMemory,
     Shares,
 )
 from .kernels import at_least_fp32
@@ -50,8 +50,8 @@ class LayerRecord:
     """For each block: the length of each state vector afterwards, (b, s)."""
     write_size: list[Tensor] = field(default_factory=list)
     """For each block: how far each state vector moved, |new - old|, (b, s)."""
-    choices: list[Any] = field(default_factory=list)
-    """For each span: what a memory with a router chose."""
+    choices: list[Tensor] = field(default_factory=list)
+    """For each span: the numbers of the chunks that each query of a routed memory chose, (b, g, t, n, k); -1: none."""
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
@@ -104,8 +104,8 @@ def hooks(layer: Any, record: LayerRecord, attention: bool) -> Iterator[tuple[nn
             yield part, lambda module, args, kwargs, out: note_gate(record, out)
         elif isinstance(part, RecurrentCell):
             yield part.update, lambda module, args, kwargs, out: note_update(record, args[0], out)
-        elif isinstance(part, MemoryKind) and hasattr(part, "router"):
-            yield cast(nn.Module, part.router), lambda module, args, kwargs, out: record.choices.append(out)
+        elif isinstance(part, RoutedMemory):
+            yield part.router, lambda module, args, kwargs, out: record.choices.append(out[0].chunks)
     for part in layer.read_norm if attention else ():
         yield part, lambda module, args, kwargs, out: note_attention(record, module, *args)
 

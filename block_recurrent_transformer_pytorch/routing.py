@@ -34,6 +34,7 @@ from .kernels import at_least_fp32, is_functional, without_autocast
 
 Operator: TypeAlias = Literal["coordinate_descent", "softmax", "top_k"]
 Pair: TypeAlias = tuple[Tensor, Tensor]  # keys and values
+Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 NOTHING = -1e30  # a score or logit of what is not there: exp of it is 0, and differences of it are numbers
 BYTES_AT_ONCE = 100 * 2**20  # of what exists only while some queries choose and attend
@@ -134,24 +135,29 @@ def offset(z: Tensor, values: Tensor, indices: Tensor, operator: Operator) -> Te
 # --------------------------------------------------------------------------------------------------------- 2 the store
 
 
-class RoutedMemory(NamedTuple):
+class Store(NamedTuple):
     """A ring of chunks for each row of a batch; chunk number i of a row lies in slot i % p.
 
-    Every tensor begins with the batch. A row that is forgotten keeps its numbers, and nothing looks at them.
+    Every tensor begins with the batch. A row that is forgotten keeps its chunks, and nothing looks at them.
     """
 
     k: Tensor  # (b, g, p, c, e), as queries meet them: normalised, and turned by their positions if any are
     v: Tensor  # (b, g, p, c, e)
     summaries: Tensor  # (b, g, p, u, e), at least fp32; u = 0 where the keys themselves are the summaries
     stored: Tensor  # (b,) int64: chunks that the row has ever stored
+    newest: Tensor  # (b, g, 1, e), the key of the newest token, which shifted keys give to the next; else (b, g, 0, e)
 
-    def forget(self, rows: Tensor) -> RoutedMemory:
-        """The memory in which `rows`, (b,) bool, hold nothing."""
-        return self._replace(stored=self.stored.masked_fill(rows, 0))
+    def forget(self, rows: Tensor) -> Store:
+        """The store in which `rows`, (b,) bool, hold nothing."""
+        newest = self.newest.masked_fill(rows[:, None, None, None], 0)
+        return self._replace(stored=self.stored.masked_fill(rows, 0), newest=newest)
 
     def __repr__(self) -> str:
         b, g, p, c, e = self.k.shape
-        return f"RoutedMemory({b} rows, {g} heads, {p} slots of {c} tokens of {e}, {self.k.dtype})"
+        return f"Store({b} rows, {g} heads, {p} slots of {c} tokens of {e}, {self.k.dtype})"
+
+
+torch.serialization.add_safe_globals([Store])  # for torch.load(weights_only=True)
 
 
 class Chosen(NamedTuple):
@@ -187,14 +193,16 @@ class Near(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What `RoutedKind.read` gives."""
+    """What `Router.read` gives."""
 
     out: Tensor  # (b, h, t, w, e)
-    distillation: Tensor | None  # (b, g, t, w) the distillation loss of each query, where it was asked for
+    distillation: Tensor  # (b, g, t, w) the distillation loss of each query; zeros where it was not asked for
+    chunks: Tensor  # (b, g, t, w, k) int64, numbers of the chosen chunks, -1 for none; k = 0 with `everything`
+    seen: Tensor  # (b, t) int64, chunks that had been stored
 
 
-class RoutedKind(nn.Module):
-    """The kind of memory that keeps what leaves the XL memory, for queries to choose from.
+class Router(nn.Module):
+    """Stores what leaves the XL memory, chooses from it for every query, and attends to what is chosen.
 
     A score is scale * (mean of the queries of a key/value head's group) . summary, the largest where a chunk has
     several. Summaries are functions of the stored keys alone. The mean needs no training: on a pretrained model with
@@ -219,15 +227,15 @@ class RoutedKind(nn.Module):
         operator, temperature: How scores become shares.
         summary: The mean of keys, or their mean weighted by softmax(w . key) with learned w ("gate").
         num_summaries: Summaries of a chunk, each of chunk_size / num_summaries keys; chunk_size: the keys themselves.
+        key_shift: The key of a token is that of the token before it: what follows a key is found by it.
         positions, frequencies: No positions; or rotary ones, with (e / 2,) radians a token, else 10000^(-2i/e).
+        growth: Factor of turned queries and keys, which yarn has.
         dtype: Type of the stored keys and values; None: that of the model.
 
     Raises:
         ValueError: sizes that do not fit together; the message names them.
     """
 
-    name = "routed"
-    width = 0  # entries in front of the block: none, tokens choose
     frequencies: Tensor
 
     def __init__(
@@ -245,11 +253,14 @@ class RoutedKind(nn.Module):
         temperature: float = 1.0,
         summary: Literal["mean", "gate"] = "mean",
         num_summaries: int = 1,
+        key_shift: bool = False,
         positions: Literal["none", "rotary"] = "none",
         frequencies: Tensor | None = None,
+        growth: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.key_shift, self.growth = key_shift, growth
         self.kv_heads, self.dim_head, self.block_width = kv_heads, dim_head, block_width
         self.chunk_size, self.num_chosen, self.max_blocks = chunk_size, num_chosen, max_blocks
         self.num_summaries, self.positions, self.dtype = num_summaries, positions, dtype
@@ -294,7 +305,7 @@ class RoutedKind(nn.Module):
 
     def forward(
         self,
-        value: RoutedMemory,
+        value: Store,
         q: Tensor,
         window: Pair,
         bias: Tensor | None = None,
@@ -306,7 +317,7 @@ class RoutedKind(nn.Module):
         far_q: Tensor | None = None,
         router_q: Tensor | None = None,
         **options: Any,
-    ) -> tuple[Reading, RoutedMemory]:
+    ) -> tuple[Reading, Store]:
         """`append`, then `read`: a span of any number of blocks, `max_blocks` at a time.
 
         Args:
@@ -327,56 +338,37 @@ class RoutedKind(nn.Module):
             near = (window[0][:, :, some], window[1][:, :, some])
             far, router = (None if x is None else x[:, :, some] for x in (far_q, router_q))
             hides = bias[..., some, :, :] if bias is not None and bias.shape[-3] > 1 else bias
-            reading = self.read(value, seen, q[:, :, some], near, hides, far_q=far, router_q=router, **options)
-            readings.append(reading)
-        losses = [x.distillation for x in readings if x.distillation is not None]
-        out = torch.cat([x.out for x in readings], 2)
-        return Reading(out, torch.cat(losses, 2) if losses else None), value
+            readings.append(
+                self.read(value, seen, q[:, :, some], near, hides, far_q=far, router_q=router, **options)
+            )
+        out, losses, chunks = (torch.cat([reading[i] for reading in readings], 2) for i in range(3))
+        return Reading(out, losses, chunks, torch.cat([reading.seen for reading in readings], 1)), value
 
-    # ------------------------------------------------------------------------------------------------------- the value
+    # ------------------------------------------------------------------------------------------------------- the store
 
-    def empty(self, batch: int, like: Tensor) -> RoutedMemory:
+    def empty(self, batch: int, like: Tensor) -> Store:
         """The memory before anything was stored, on the device of `like`, and of its type if the kind has none."""
         dtype = self.dtype or like.dtype
         shape = (batch, self.kv_heads, self.num_slots, self.chunk_size, self.dim_head)
         wide = torch.promote_types(dtype, torch.float32)
         num_summaries = 0 if self.num_summaries == self.chunk_size and wide == dtype else self.num_summaries
-        return RoutedMemory(
+        return Store(
             like.new_zeros(shape, dtype=dtype),
             like.new_zeros(shape, dtype=dtype),
             like.new_zeros((*shape[:3], num_summaries, self.dim_head), dtype=wide),
             torch.zeros(batch, dtype=torch.int64, device=like.device),
+            like.new_zeros((batch, self.kv_heads, int(self.key_shift), self.dim_head), dtype=dtype),
         )
-
-    def check(self, value: Any, batch: int, like: Tensor) -> None:
-        """Whether `value` is a memory of this kind for `batch` rows, on the device and of the type that go with `like`.
-
-        Raises:
-            ValueError: it is not; the message names what differs.
-        """
-        if not isinstance(value, RoutedMemory):
-            raise ValueError(f"routed memory must be a RoutedMemory, not {type(value).__name__}")
-        for name, want in self.empty(batch, like.new_empty(0, device="meta"))._asdict().items():
-            have = getattr(value, name)
-            if have.shape != want.shape or have.dtype != want.dtype or have.device != like.device:
-                raise ValueError(
-                    f"routed memory: {name} is {have.dtype} {tuple(have.shape)} on {have.device}, this model and batch "
-                    f"need {want.dtype} {tuple(want.shape)} on {like.device}"
-                )
-
-    def forget(self, value: RoutedMemory, rows: Tensor) -> RoutedMemory:
-        """The memory in which `rows`, (b,) bool, hold nothing; nothing is copied."""
-        return value.forget(rows)
 
     def append(
         self,
-        value: RoutedMemory,
+        value: Store,
         blocks: Pair,
         *,
         rows: Tensor | None = None,
         in_place: bool = False,
         detach: bool = False,
-    ) -> tuple[Tensor, RoutedMemory]:
+    ) -> tuple[Tensor, Store]:
         """Stores t whole blocks that left the XL memory, the oldest first.
 
         Args:
@@ -400,15 +392,16 @@ class RoutedKind(nn.Module):
         # slots that nobody sees yet: what is written there for other rows than `rows` is not counted, and so not seen
         step = self.chunks_per_block
         new = torch.arange(t * step, device=keys.device) + value.stored[:, None]  # (b, n) numbers of the new chunks
+        keys, newest = self.shifted(value, keys, rows)
         k = self.turned(keys, self.token_positions(new))
         k, v = (x.view(*x.shape[:2], -1, self.chunk_size, x.shape[3]).to(value.k.dtype) for x in (k, values))
         summaries = self.summarise(k)[:, :, :, : value.summaries.shape[3]]
         store = [write(old, x, new % self.num_slots, in_place) for old, x in zip(value, (k, v, summaries))]
         counts = torch.arange(t + 1, device=keys.device) * step
         counts = counts * (1 if rows is None else rows[:, None]) + value.stored[:, None]  # (b, t + 1)
-        return counts[:, :t], RoutedMemory(store[0], store[1], store[2], counts[:, t])
+        return counts[:, :t], Store(store[0], store[1], store[2], counts[:, t], newest)
 
-    def count_blocks(self, value: RoutedMemory, keys: Tensor, values: Tensor) -> int:
+    def count_blocks(self, value: Store, keys: Tensor, values: Tensor) -> int:
         b, g, _, _, e = value.k.shape
         t, odd = divmod(keys.shape[2], self.block_width) if keys.ndim == 4 else (0, 1)
         if odd or not 1 <= t <= self.max_blocks or keys.shape != values.shape or keys.shape != (b, g, keys.shape[2], e):
@@ -417,6 +410,16 @@ class RoutedKind(nn.Module):
                 f"{self.max_blocks} blocks, not {tuple(keys.shape)} and {tuple(values.shape)}"
             )
         return t
+
+    def shifted(self, value: Store, keys: Tensor, rows: Tensor | None) -> Pair:
+        """Keys (b, g, n, e) in the places of the tokens that they are stored with, and the newest, for the next."""
+        if not self.key_shift:
+            return keys, value.newest
+        stream = torch.cat([value.newest.to(keys.dtype), keys], 2)
+        newest = stream[:, :, -1:].to(value.newest.dtype)
+        if rows is not None:
+            newest = torch.where(rows[:, None, None, None], newest, value.newest)
+        return stream[:, :, :-1], newest
 
     def summarise(self, k: Tensor) -> Tensor:
         """Chunks of keys (b, g, p, c, e) -> their summaries (b, g, p, u, e), at least fp32."""
@@ -429,15 +432,18 @@ class RoutedKind(nn.Module):
 
     # --------------------------------------------------------------------------------------------------------- reading
 
-    def visible(self, value: RoutedMemory, seen: Tensor) -> Tensor:
-        """Which slots a block may choose when `seen` (b, t) chunks had been stored, (b, t, p) bool."""
-        slots = torch.arange(value.k.shape[2], device=seen.device)
+    def numbers(self, value: Store) -> Tensor:
+        """Which chunk lies in each slot, (b, p); below 0: none."""
+        slots = torch.arange(value.k.shape[2], device=value.stored.device)
         newest = value.stored[:, None] - 1
-        numbers = (newest - (newest - slots) % len(slots))[:, None]  # (b, 1, p) of the chunk in a slot; below 0: none
-        seen = seen[:, :, None]
+        return newest - (newest - slots) % len(slots)
+
+    def visible(self, value: Store, seen: Tensor) -> Tensor:
+        """Which slots a block may choose when `seen` (b, t) chunks had been stored, (b, t, p) bool."""
+        numbers, seen = self.numbers(value)[:, None], seen[:, :, None]
         return (numbers >= (seen - self.num_visible).clamp(min=0)) & (numbers < seen)
 
-    def scores(self, value: RoutedMemory, queries: Tensor, seen: Tensor) -> Tensor:
+    def scores(self, value: Store, queries: Tensor, seen: Tensor) -> Tensor:
         """The score of every chunk for every query (b, h, t, w, e), (b, g, t, w, p); -inf for what is not visible."""
         b, _, t, w, e = queries.shape
         summaries = value.summaries if value.summaries.shape[3] else value.k
@@ -445,10 +451,10 @@ class RoutedKind(nn.Module):
             grouped = queries.to(summaries.dtype).view(b, self.kv_heads, -1, t * w, e).mean(2) * self.scale
             scores = grouped @ summaries.flatten(2, 3).transpose(2, 3)  # (b, g, t w, p u)
         scores = scores.view(b, self.kv_heads, t, w, -1, summaries.shape[3])
-        scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores.amax(-1)
+        scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores.max(-1).values
         return scores.masked_fill(~self.visible(value, seen)[:, None, :, None], float("-inf"))
 
-    def choose(self, value: RoutedMemory, queries: Tensor, seen: Tensor) -> Chosen:
+    def choose(self, value: Store, queries: Tensor, seen: Tensor) -> Chosen:
         """Every query takes its best chunks.
 
         Args:
@@ -458,7 +464,7 @@ class RoutedKind(nn.Module):
         """
         return self.chosen(value, self.scores(value, queries, seen))
 
-    def chosen(self, value: RoutedMemory, scores: Tensor) -> Chosen:
+    def chosen(self, value: Store, scores: Tensor) -> Chosen:
         shares, slots = best(scores, self.num_chosen, self.operator, self.temperature)  # (b, g, t, w, k)
         b, g, p, _, e = value.k.shape
         rows = slots + torch.arange(0, b * g * p, p, device=slots.device).view(b, g, 1, 1, 1)
@@ -468,7 +474,7 @@ class RoutedKind(nn.Module):
 
     def read(
         self,
-        value: RoutedMemory,
+        value: Store,
         seen: Tensor,
         q: Tensor,
         window: Pair,
@@ -512,7 +518,7 @@ class RoutedKind(nn.Module):
         if bias is not None:
             bias = bias.expand(*bias.shape[:-3], *q.shape[2:4], -1)
 
-        def part(blocks: slice, tokens: slice) -> Pair:
+        def part(blocks: slice, tokens: slice) -> Triple:
             here = (..., blocks, tokens, slice(None))
             near = Near(q[here], window[0][:, :, blocks], window[1][:, :, blocks], None if bias is None else bias[here])
             options = (everything, distil, dropout)
@@ -525,13 +531,14 @@ class RoutedKind(nn.Module):
         ]
         compute = part if len(parts) * len(parts[0]) == 1 else recomputed(part)
         rows = [[compute(*some) for some in row] for row in parts]
-        out = torch.cat([torch.cat([out for out, _ in row], 3) for row in rows], 2)
-        losses = torch.cat([torch.cat([loss for _, loss in row], 3) for row in rows], 2) if distil else None
-        return Reading(out, losses)
+        out, losses, chunks = (
+            torch.cat([torch.cat([found[i] for found in row], 3) for row in rows], 2) for i in range(3)
+        )
+        return Reading(out, losses, chunks, seen)
 
     def read_part(
         self,
-        value: RoutedMemory,
+        value: Store,
         seen: Tensor,
         near: Near,
         far_q: Tensor,
@@ -539,20 +546,24 @@ class RoutedKind(nn.Module):
         everything: bool,
         distil: bool,
         dropout: float,
-    ) -> Pair:
-        """`read` of some queries; outputs and losses."""
+    ) -> Triple:
+        """`read` of some queries: outputs, losses, and numbers of chosen chunks."""
         scores = self.scores(value, router_q, seen)
         losses = scores.new_zeros(scores.shape[:-1])
+        chunks = seen.new_zeros((*losses.shape, 0))
         if everything or distil:
             with torch.set_grad_enabled(torch.is_grad_enabled() and everything):
                 visible = scores > float("-inf")
                 out, mass = attend_with_all(near, far_q, value, visible, self.scale, dropout if everything else 0.0)
             losses = distillation_loss(scores, mass, self.temperature) if distil else losses
         if not everything:
-            out = attend_with_chosen(near, far_q, self.chosen(value, scores), self.scale, dropout)
-        return out, losses
+            chosen = self.chosen(value, scores)
+            out = attend_with_chosen(near, far_q, chosen, self.scale, dropout)
+            numbers = self.numbers(value)[:, None, None, None].expand(*losses.shape, -1)
+            chunks = numbers.gather(-1, chosen.slots).masked_fill(chosen.log_shares == float("-inf"), -1)
+        return out, losses, chunks
 
-    def at_once(self, value: RoutedMemory, q: Tensor, window: int, everything: bool) -> tuple[int, int]:
+    def at_once(self, value: Store, q: Tensor, window: int, everything: bool) -> tuple[int, int]:
         """How many blocks, and tokens of each, `read` takes at a time."""
         b, h, t, w, e = q.shape
         g, p, c = value.k.shape[1:4]
@@ -561,7 +572,7 @@ class RoutedKind(nn.Module):
         tokens = max(1, BYTES_AT_ONCE // (b * numbers * 4))
         return max(1, min(t, tokens // w)), min(w, tokens)
 
-    def check_reading(self, value: RoutedMemory, seen: Tensor, queries: tuple[Tensor, ...], window: Pair) -> None:
+    def check_reading(self, value: Store, seen: Tensor, queries: tuple[Tensor, ...], window: Pair) -> None:
         b, g, _, _, e = value.k.shape
         q, shapes = queries[0], [tuple(x.shape) for x in (*queries, *window)]
         if q.ndim != 5 or (q.shape[0], q.shape[4]) != (b, e) or q.shape[1] % g or len(set(shapes[:3])) > 1:
@@ -588,7 +599,7 @@ class RoutedKind(nn.Module):
             return x
         angles = (at[..., None].double() * self.frequencies.double())[:, None]  # (b, 1, ..., e / 2)
         wide = at_least_fp32(x)
-        cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
+        cos, sin = ((x * self.growth).to(wide.dtype) for x in (angles.cos(), angles.sin()))
         first, second = wide.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
@@ -617,7 +628,7 @@ def attend_with_chosen(near: Near, far_q: Tensor, chosen: Chosen, scale: float, 
 
 
 def attend_with_all(
-    near: Near, far_q: Tensor, value: RoutedMemory, visible: Tensor, scale: float, dropout: float = 0.0
+    near: Near, far_q: Tensor, value: Store, visible: Tensor, scale: float, dropout: float = 0.0
 ) -> Pair:
     """One softmax over a window and over all chunks that are `visible`, (b, g, t, w, p) bool; see `attend_with_chosen`.
 
@@ -672,13 +683,13 @@ def slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def recomputed(function: Callable[..., Pair]) -> Callable[..., Pair]:
+def recomputed(function: Callable[..., Triple]) -> Callable[..., Triple]:
     """`function`, of which the backward pass keeps the inputs alone."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_functional():
         return function
 
-    def run(*inputs: Any) -> Pair:
-        result: Pair = checkpoint(function, *inputs, use_reentrant=False)
+    def run(*inputs: Any) -> Triple:
+        result: Triple = checkpoint(function, *inputs, use_reentrant=False)
         return result
 
     return run

@@ -3,6 +3,7 @@
 python -m evidence facts                              all that is not done yet; hours, to be interrupted at will
 python -m evidence facts --only one-fact              the experiments whose names begin so
 python -m evidence facts --arms token-gated --seeds 3,4,5
+python -m evidence pairs --arms max-8,max-16          128 pairs through routed memory
 python -m evidence report                             docs/evidence.md and its plots from evidence/results
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import report
+from . import pairs, report
 from .experiments import CONTROLS, EXPERIMENTS
 from .running import RESULTS, ROWS, WEIGHTS, runs
 
@@ -24,18 +25,24 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", choices=["facts", "report"])
+    parser.add_argument("task", choices=["facts", "pairs", "report"])
     parser.add_argument("--only", default="", help=f"beginnings of names, of {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--arms", default="", help=f"default all, of token-gated, {', '.join(CONTROLS)}")
+    parser.add_argument(
+        "--arms", default="",
+        help=f"default all; of facts token-gated, {', '.join(CONTROLS)}; of pairs {', '.join(pairs.ARMS)}",
+    )  # fmt: skip
     parser.add_argument("--seeds", default="", help="default those of the experiment")
-    parser.add_argument("--parts", type=int, default=4, help=f"of the evaluation, of {ROWS} rows each (default 4)")
+    parser.add_argument(
+        "--parts", type=int, help=f"of the evaluation: of facts of {ROWS} rows each (default 4); of pairs streams (3)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one JSON file each")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder that evidence.md goes to")
     options = parser.parse_args(given)
     options.seeds = tuple(int(seed) for seed in options.seeds.split(",") if seed)
-    if unknown := set(filter(None, options.arms.split(","))) - {"token-gated", *CONTROLS}:
-        parser.error(f"--arms names {sorted(unknown)}, there are token-gated, {', '.join(CONTROLS)}")
+    known = pairs.ARMS if options.task == "pairs" else ("token-gated", *CONTROLS)
+    if unknown := set(filter(None, options.arms.split(","))) - {*known}:
+        parser.error(f"--arms names {sorted(unknown)}, there are {', '.join(known)}")
     if not any(name.startswith(tuple(options.only.split(","))) for name in EXPERIMENTS):
         parser.error(f"--only={options.only} names no experiment, there are {', '.join(EXPERIMENTS)}")
     return options
@@ -48,8 +55,15 @@ def main(given: list[str] | None = None) -> None:
         return
     torch.set_num_threads(options.threads)
     weights = WEIGHTS if options.results == RESULTS else options.results / ".weights"
+    if options.task == "pairs":
+        options.parts = options.parts or 3
+        for name, seed, result in pairs.carried_out(
+            options.arms, options.seeds, options.results, weights, options.parts
+        ):
+            print(f"{name}, seed {seed}: {pairs.line(result)}", flush=True)
+        return
     for run in runs(options.only, options.arms, options.seeds):
-        result = run.carry_out(options.results, weights, options.parts)
+        result = run.carry_out(options.results, weights, options.parts or 4)
         print(f"{run.name}: {report.line(result)}", flush=True)
 
 

@@ -52,6 +52,7 @@ class Experiment:
     distances: list[int]
     controls: tuple[str, ...] = ()
     control_distances: list[int] = field(default_factory=lambda: THOUSANDS)
+    far_controls: tuple[str, ...] = ("soft",)  # those that are asked as far away as ours
     seeds: tuple[int, ...] = SEEDS
 
     @property

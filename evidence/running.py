@@ -75,7 +75,8 @@ def finished(result: dict[str, Any], run: Run) -> list[Any]:
 
 def distances(run: Run) -> list[int]:
     experiment = EXPERIMENTS[run.experiment]
-    return experiment.distances if run.arm == "token-gated" else experiment.control_distances
+    is_far = run.arm in ("token-gated", *experiment.far_controls)
+    return experiment.distances if is_far else experiment.control_distances
 
 
 def runs(only: str, arms: str, seeds: tuple[int, ...] | None) -> Iterator[Run]:

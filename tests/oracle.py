@@ -6,7 +6,7 @@ folding of blocks, no fused kernels. Differentiable, so gradients are compared t
 
 Hutchins et al. 2022 (arXiv 2203.07852) and its authors' code; Sun et al. 2022 for the rotary positions with decay,
 Raffel et al. 2019 for the bucketed bias, Rae et al. 2019 for the compressed memory, Ding et al. 2020 for the enhanced
-recurrence.
+recurrence; Ainslie et al. 2023 for the shares of routed chunks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
 from block_recurrent_transformer_pytorch.carried import Memories, States
+from block_recurrent_transformer_pytorch.routing import Store
 
 Pair = tuple[Tensor, Tensor]  # a key and a value, each (kv_heads, dim_head); keys neither rotated nor scaled
 
@@ -108,6 +109,7 @@ class Oracle:
         xl: for each layer, the pairs of the last complete blocks, oldest first.
         compressed: for each layer, the compressed entries, oldest first.
         sinks: for each layer, the first pairs that left its XL memory.
+        store: for each layer with a routed memory, all pairs that left its XL memory, keys as they are met.
         block: for each layer, the pairs of the block being filled.
         state: for each recurrent layer, its state as of the start of the block, (s, d).
     """
@@ -123,6 +125,8 @@ class Oracle:
             self.xl = {layer: [(zero, zero)] * self.xl_width(layer) for layer in self.layers}
         self.compressed: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
         self.sinks: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
+        self.store: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
+        self.newest = dict.fromkeys(self.layers, zero)  # the newest key in the store, where keys are shifted
         self.block: dict[int, list[Pair]] = {layer: [] for layer in self.layers}
         self.state = {cell: parameters[f"layers.{cell - 1}.cell.initial"] for cell in self.cells}
         self.views = {cell: self.view(cell) for cell in self.cells}
@@ -135,6 +139,10 @@ class Oracle:
     @property
     def sink_layers(self) -> tuple[int, ...]:
         return self.config.extra_layers("sinks") if "sinks" in self.config.extra_memories else ()
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        return self.config.extra_layers("routed") if "routed" in self.config.extra_memories else ()
 
     def cells_read_at(self, layer: int) -> list[int]:
         """The recurrent layers whose states the tokens of a layer read, from the lowest up."""
@@ -269,13 +277,93 @@ class Oracle:
         self.block[layer].append(self.pair_of(kv, qk_norm))
         distances, pairs = self.visible(layer, place)
         q = self.heads_of(queries[0])
-        attended = [self.attention(q, pairs, qk_norm, f"{name}.heads_norm", layer, distances)]
+        if layer in self.routed_layers:
+            attended = [self.routed_attention(layer, q, distances, pairs)]
+        else:
+            attended = [self.attention(q, pairs, qk_norm, f"{name}.heads_norm", layer, distances)]
         for i, cell in enumerate(cells):
             q = self.heads_of(queries[1 + i])
             attended.append(self.attention(q, self.views[cell], self.config.qk_norm, f"{name}.read_norm.{i}"))
         x = x + self.linear(f"{name}.to_out", torch.cat(attended))
         h = self.norm(f"{name}.feed_forward.norm", x)
         return x + self.linear(f"{name}.feed_forward.to_out", self.hidden(f"{name}.feed_forward.hidden", h))
+
+    # -- routed memory
+
+    def met(self, x: Tensor, gain: str, layer: int) -> Tensor:
+        """Queries or keys (..., e) of the tokens of a layer as they are multiplied, without positions."""
+        norm, name = self.qk_norm_of_tokens(layer), f"layers.{layer - 1}.heads_norm"
+        if norm in ("channel", "rms"):
+            return self.unit(x, norm) * self.parameters[f"{name}.{gain}_scale"]
+        if norm == "head" and gain == "q":
+            return self.unit(x, norm) * self.parameters[f"{name}.head_scale"].abs()[:, None]
+        return x
+
+    def turned(self, x: Tensor, position: int) -> Tensor:
+        """Queries or keys (..., e) at a position of the stream, if those of the store are turned."""
+        if self.config.extra_memories["routed"].get("positions", "none") == "none":
+            return x
+        frequency, growth = frequencies(self.config)
+        angle = position * frequency.to(x.dtype)
+        real, imag = x.chunk(2, dim=-1)
+        cos, sin = math.sqrt(growth) * angle.cos(), math.sqrt(growth) * angle.sin()
+        return torch.cat((real * cos - imag * sin, imag * cos + real * sin), dim=-1)
+
+    def routed_attention(self, layer: int, q: Tensor, distances: list[int], near: list[Pair]) -> Tensor:
+        """Each head (h, e) attends to what is near and to the tokens of the best chunks of its group in the store."""
+        config, options = self.config, self.config.extra_memories["routed"]
+        norm, name = self.qk_norm_of_tokens(layer), f"layers.{layer - 1}.heads_norm"
+        store, size = self.store[layer], options.get("chunk_size", 16)
+        chunks = [store[i : i + size] for i in range(0, len(store), size)][-(options["capacity"] // size) :]
+        far_q = self.turned(self.met(q, "q", layer), len(store) + len(self.xl[layer]) + len(self.block[layer]) - 1)
+        scale = {"channel": config.qk_norm_scale, "head": 1.0}.get(norm, config.dim_head**-0.5)
+        shared_by, outputs = config.heads // config.kv_heads, []
+        for head in range(config.heads):
+            group = head // shared_by
+            asks = far_q[group * shared_by : (group + 1) * shared_by].mean(0)
+            shares = self.shares([asks @ s * scale for s in self.best_summaries(layer, chunks, group, asks)])
+            keys, values = stack(near) if near else (q.new_zeros(config.kv_heads, 0, config.dim_head),) * 2
+            logits = [*self.logits(q[head], keys[group], head, norm, name, layer, distances)]
+            values = [*values[group]]
+            for i, share in shares.items():
+                for key, value in chunks[i]:
+                    logits.append(far_q[head] @ key[group] * scale + share.log())
+                    values.append(value[group])
+            outputs.append(softmax(torch.stack(logits)) @ torch.stack(values))
+        return torch.cat(outputs)
+
+    def best_summaries(self, layer: int, chunks: list[list[Pair]], group: int, asks: Tensor) -> list[Tensor]:
+        """Of each chunk the summary that is most like what is asked for."""
+        options, gate = self.config.extra_memories["routed"], f"layers.{layer - 1}.extra.routed.router.gate"
+        best = []
+        for chunk in chunks:
+            found = []
+            for part in torch.stack([key[group] for key, _ in chunk]).chunk(options.get("num_summaries", 1)):
+                weights = softmax(part @ self.parameters[gate][group]) if self.has(gate) else 1 / len(part)
+                found.append((part * (weights[:, None] if self.has(gate) else weights)).sum(0))
+            best.append(max(found, key=lambda summary: (asks @ summary).item()))
+        return best
+
+    def shares(self, scores: list[Tensor]) -> dict[int, Tensor]:
+        """The chosen chunks and their shares."""
+        options = self.config.extra_memories["routed"]
+        k, operator = options["num_chosen"], options.get("operator", "coordinate_descent")
+        order = sorted(range(len(scores)), key=lambda i: -scores[i].item())
+        z = [scores[i] / options.get("temperature", 1.0) for i in order]
+        if not z:
+            return {}
+        if operator == "top_k" or (operator == "coordinate_descent" and k >= len(z)):
+            return {i: torch.ones_like(z[0]) for i in order[:k]}
+        whole = 0  # shares of 1; what is left of k goes to the others, as in a softmax
+        if operator == "coordinate_descent":
+            def left(whole: int) -> Tensor:
+                return (k - whole) / torch.stack(z[whole:]).exp().sum()
+            while whole < k - 1 and z[whole].exp() * left(whole) > 1:
+                whole += 1
+        total = 1 if operator == "softmax" else k - whole
+        shares = softmax(torch.stack(z[whole:])) * total
+        ones = [torch.ones_like(z[0])] * whole
+        return dict(zip(order[:k], [*ones, *shares]))
 
     def visible(self, layer: int, place: int) -> tuple[list[int], list[Pair]]:
         """The distances and pairs that the token at a place of the block sees, oldest first.
@@ -386,6 +474,12 @@ class Oracle:
         leaving, self.xl[layer] = pairs[: max(0, len(pairs) - width)], pairs[max(0, len(pairs) - width) :]
         if leaving and not self.sinks[layer] and layer in self.sink_layers:
             self.sinks[layer] = leaving[: self.config.extra_memories["sinks"]["tokens"]]
+        if layer in self.routed_layers:
+            for key, value in leaving:
+                ready = self.met(key, "k", layer)
+                if self.config.extra_memories["routed"].get("key_shift"):
+                    ready, self.newest[layer] = self.newest[layer], ready
+                self.store[layer].append((self.turned(ready, len(self.store[layer])), value))
         if self.config.use_compressed_mem and width:
             entries = self.compressed[layer] + self.compress(layer, leaving)
             self.compressed[layer] = entries[max(0, len(entries) - self.config.block_width // 2) :]
@@ -440,6 +534,9 @@ def remembered(oracle: Oracle) -> dict[str, Tensor]:
             if pairs := getattr(oracle, name)[layer]:
                 keys, values = stack(pairs)
                 found |= {f"layer {layer} {name} keys": keys, f"layer {layer} {name} values": values}
+        if layer in oracle.routed_layers and oracle.store[layer]:
+            keys, values = stack(oracle.store[layer][-oracle.config.extra_memories["routed"]["capacity"] :])
+            found |= {f"layer {layer} store keys": keys, f"layer {layer} store values": values}
     return found | {f"state {cell}": oracle.state[cell] for cell in oracle.cells}
 
 
@@ -463,7 +560,19 @@ def carried(config: Config, memories: Memories, states: States, row: int = -1) -
                 start = 0 if name == "block" else buffer.shape[2] - held
                 if held:
                     found[f"layer {number} {name} {kind}"] = buffer[row, :, start : start + held]
+        if "routed" in layer.past:
+            found |= stored(config, number, layer.past["routed"], row)
     return found | {f"state {cell}": s[row] for cell, s in zip(sorted(config.recurrent_layers), states.layers)}
+
+
+def stored(config: Config, layer: int, store: Store, row: int) -> dict[str, Tensor]:
+    """What one row of a routed memory holds, oldest first."""
+    (_, _, slots, size, _), count = store.k.shape, int(store.stored[row])
+    visible = range(max(0, count - config.extra_memories["routed"]["capacity"] // size), count)
+    at = [number % slots for number in visible]
+    return {f"layer {layer} store {kind}": x[row, :, at].flatten(1, 2) for kind, x in (
+        ("keys", store.k), ("values", store.v)
+    ) if at}  # fmt: skip
 
 
 def gradients(model: BlockRecurrentTransformer, results: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -49,10 +49,13 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
     sinks = 0 if enhanced else min(width, choose("sink_tokens", 0, 1, 2))
     sink_layers = draw(some_layers)
     sink_options = {"tokens": sinks, "layers": tuple(sink_layers)} if sink_layers else {"tokens": sinks}
-    window = "blocks" if compressed or sinks or xl_blocks > 1 else choose("attention_window", "blocks", "sliding")
+    routed = {} if enhanced or not choose("routed", False, True) else draw(routed_options(width, depth))
+    memories = ({"sinks": sink_options} if sinks else {}) | ({"routed": routed} if routed else {})
+    window = "blocks" if compressed or memories or xl_blocks > 1 else choose("attention_window", "blocks", "sliding")
     positions = choose("positions", "xpos", "rotary", "dynamic", "t5", "none")
     is_rotated = positions in ("xpos", "rotary")
-    dim_head = choose("dim_head", 4, 2) if is_rotated else choose("dim_head", 4, 3, 1)
+    is_turned = is_rotated or routed.get("positions") == "rotary"
+    dim_head = choose("dim_head", 4, 2) if is_turned else choose("dim_head", 4, 3, 1)
     heads = choose("heads", 2, 1, 4)
     writes = forced.get("recurrent_layers", tuple(draw(some_layers)))
     feedback = bool(writes) and choose("block_feedback", False, True)
@@ -78,8 +81,8 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
         "compressed_mem_factor": draw(st.integers(1, width)),
         "enhanced_recurrence": enhanced,
         "attention_window": window,
-        "extra_memories": {"sinks": sink_options} if sinks else {},
-        "empty_memory": "masked" if compressed or sinks else choose("empty_memory", "masked", "zeros"),
+        "extra_memories": memories,
+        "empty_memory": "masked" if compressed or memories else choose("empty_memory", "masked", "zeros"),
         "positions": positions,
         "rotary_base": choose("rotary_base", 10000.0, 7.0) if is_rotated else 10000.0,
         "rotary_scaling": choose("rotary_scaling", {}, *SCALINGS) if is_rotated else {},
@@ -105,6 +108,28 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
         "logit_scale": choose("logit_scale", None, 0.7),
         "use_flash_attn": choose("use_flash_attn", True, False),
     }
+
+
+@st.composite
+def routed_options(draw: st.DrawFn, width: int, depth: int) -> dict:
+    """Options of a routed memory. Where keys are shifted, chunks that score alike may differ, so all are chosen."""
+    size = draw(st.sampled_from([c for c in range(1, width + 1) if width % c == 0]))
+    chunks, shift = draw(st.sampled_from([1, 2, 3, 6])), draw(st.booleans())
+    parts = draw(st.sampled_from([u for u in range(1, size + 1) if size % u == 0]))
+    return {
+        "capacity": size * chunks,
+        "chunk_size": size,
+        "num_chosen": chunks if shift else draw(st.integers(1, chunks)),
+        "num_summaries": parts,
+        "summary": "mean" if parts == size else draw(st.sampled_from(["mean", "gate"])),
+        "operator": "coordinate_descent" if shift else draw(
+            st.sampled_from(["coordinate_descent", "softmax", "top_k"])
+        ),
+        "temperature": draw(st.sampled_from([1.0, 0.3])),
+        "key_shift": shift,
+        "positions": draw(st.sampled_from(["none", "rotary"])),
+        "layers": (draw(st.integers(1, depth)),),
+    }  # fmt: skip
 
 
 def random_model(config: Config, seed: int = 0) -> BlockRecurrentTransformer:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from block_recurrent_transformer_pytorch.inspecting import inspecting
 from evidence import __main__ as command
-from evidence import running
+from evidence import pairs, running
 from evidence.experiments import EXPERIMENTS, OURS, Experiment
 from evidence.intervals import bootstrap, interval, wilson
 from evidence.streaming import remembered
@@ -220,3 +223,48 @@ def test_unknown_names_are_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_guessing_is_one_of_the_values() -> None:
     assert NUM_VALUES == 16 and Facts(keys=4).num_tokens == 38 and Facts(filler="text").num_tokens == 258
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("order", ["value key", "key value"])
+def test_pairs_are_written_once_and_asked_for_by_their_keys(order: str) -> None:
+    tokens, keys, values = pairs.written(order, 3, 0.5, draw())
+    assert tokens.shape == (3, 1024) and all(len(set(row)) == 128 for row in keys.tolist())
+    for row, key, value in zip(tokens.tolist(), keys.tolist(), values.tolist()):
+        found = [row[at + 1 : at + 3] for at, token in enumerate(row) if token == pairs.SET]
+        assert found == [[v, k] if order == "value key" else [k, v] for k, v in zip(key, value)]
+    asked, answers = pairs.questions(keys, values, 20, draw(1))
+    known = [dict(zip(*row)) for row in zip(keys.tolist(), values.tolist())]
+    for row, (question, answer) in enumerate(zip(asked.unflatten(1, (-1, 3)).tolist(), answers.tolist())):
+        assert [get for get, _, _ in question] == [pairs.GET] * 20 and [v for _, _, v in question] == answer
+        assert [known[row][key] for _, key, _ in question] == answer
+
+
+@pytest.mark.parametrize("arm", list(pairs.ARMS))
+def test_arms_of_pairs_are_trained_and_asked(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(pairs.ARMS[arm], steps=2, taught_from=1 if pairs.ARMS[arm].taught_from else None, distances=(0, 48))
+    monkeypatch.setitem(pairs.ARMS, arm, small)
+    torch.manual_seed(0)
+    monkeypatch.setattr(pairs, "train", partial(pairs.train, batch=1))
+    result = pairs.carry_out(arm, 0, tmp_path, tmp_path / "weights", 1)
+    assert [found["distance"] for found in result["parts"][0]] == [0, 48]
+    assert pairs.carry_out(arm, 0, tmp_path, tmp_path / "weights", 1) == result, "what is done is not done again"
+    assert "CPU-s" in pairs.line(result) and small.title in "\n".join(pairs.report(tmp_path))
+
+
+def test_matching_initial_values_find_the_chunk_of_a_key() -> None:
+    """Before any training, and by lot not."""
+    shares = {}
+    for name in ("max-8", "random"):
+        torch.manual_seed(0)
+        model = pairs.make(pairs.ARMS[name], pairs.LENGTH).eval()
+        tokens, keys, values = pairs.written("value key", 1, 0.0, draw())
+        asked, _ = pairs.questions(keys, values, 64, draw())
+        with inspecting(model) as seen, torch.no_grad():
+            model(torch.cat((tokens, pairs.filler((1, pairs.LEAD), 0.0, draw()), asked), 1))
+        chosen = torch.cat([chunks.flatten(2, 3) for chunks in seen[2].choices], 2)[0, 0, 1024 + pairs.LEAD + 1 :: 3]
+        places = [(tokens[0] == key).nonzero().item() // 8 for key in asked[0, 1::3]]
+        shares[name] = (chosen == torch.tensor(places)[:, None]).any(1).double().mean()
+    assert shares["max-8"] > 0.9 and shares["random"] < 0.2

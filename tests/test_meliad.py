@@ -98,7 +98,7 @@ def layer_as_model(record):
 def read_layer(model, record, segment, memories, states, xs):
     """(ys, memories, states) for embedded inputs."""
     start = record[f"in/start_of_sequence/{segment}"]
-    _, memories, states, layers = model.encode(
+    _, memories, states, layers, _ = model.encode(
         xs, xl_memories=memories, states=states, reset=start, return_layers=True
     )
     return layers[-1], memories, states

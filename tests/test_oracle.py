@@ -62,6 +62,25 @@ CASES: dict[str, dict] = {
         "tokens_qk_norm": "none", "tie_embeddings": True, "logit_scale": 1.0,
         "extra_memories": {"sinks": {"tokens": 2}},
     },
+    "routed": {"extra_memories": {"routed": {"capacity": 9, "chunk_size": 3, "num_chosen": 2}}, "kv_heads": 2},
+    "routed, softmax, one token a chunk, positions t5": {
+        "extra_memories": {"routed": {"capacity": 6, "chunk_size": 1, "num_chosen": 2, "operator": "softmax"}},
+        "positions": "t5", "qk_norm": "head", "all_layers_qk_rmsnorm": True, "num_xl_blocks": 2,
+    },
+    "routed, gates, key shift, turned, without xl memory": {
+        "extra_memories": {"routed": {
+            "capacity": 12, "chunk_size": 3, "num_chosen": 4, "summary": "gate", "key_shift": True,
+            "positions": "rotary", "layers": (1, 2),
+        }}, "num_xl_blocks": 0, "positions": "rotary", "rotary_base": 7.0, "rotary_scaling": SCALINGS[2],
+    },
+    "routed, cold, several summaries, beside sinks and compressed": {
+        "extra_memories": {
+            "sinks": {"tokens": 2},
+            "routed": {
+                "capacity": 8, "chunk_size": 4, "num_chosen": 1, "num_summaries": 2, "temperature": 0.1, "layers": (3,),
+            },
+        }, "use_compressed_mem": True, "block_width": 4, "max_seq_len": 4, "compressed_mem_factor": 2,
+    },
     "one head": {"heads": 1},
     "grouped key/value heads": {"heads": 4, "kv_heads": 2},
     "as many key/value heads as heads": {"heads": 2, "kv_heads": 2},
@@ -146,7 +165,8 @@ CASES: dict[str, dict] = {
 
 def stream_of_case(case: str) -> Tensor:
     """Two rows of a few blocks; longer where memories fill slowly and where the logarithmic buckets of T5 begin."""
-    return random_stream(2, 26 if any(word in case for word in ("compressed", "far", "sinks", "pretrained")) else 13)
+    slow = ("compressed", "far", "sinks", "pretrained", "routed")
+    return random_stream(2, 26 if any(word in case for word in slow) else 13)
 
 
 def oracle_says(model: BlockRecurrentTransformer, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -292,6 +312,7 @@ VALUES = [
     ("tokens_qk_norm", {"qk_norm": "none"}, "channel"),
     ("qk_norm", {}, "rms"),
     ("extra_memories", {"num_xl_blocks": 2, "extra_memories": {"sinks": {"tokens": 2}}}, {"sinks": {"tokens": 3}}),
+    ("extra_memories", {}, {"routed": {"capacity": 6, "chunk_size": 3, "num_chosen": 1}}),
     ("qk_norm", {}, "head"),
     ("qk_norm", {"positions": "t5", "all_layers_qk_rmsnorm": True}, "head"),
     ("state_update", {}, "dual"),

@@ -423,7 +423,8 @@ SMALL = {
 def forget(oracle: Oracle) -> None:
     """No complete block is remembered any more."""
     oracle.xl = Oracle(oracle.config, oracle.parameters).xl
-    oracle.compressed, oracle.sinks = ({layer: [] for layer in oracle.layers} for _ in range(2))
+    oracle.compressed, oracle.sinks, oracle.store = ({layer: [] for layer in oracle.layers} for _ in range(3))
+    oracle.newest = Oracle(oracle.config, oracle.parameters).newest
 
 
 def start_state(oracle: Oracle) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from block_recurrent_transformer_pytorch import routing
-from block_recurrent_transformer_pytorch.routing import RoutedKind, RoutedMemory, coordinate_descent, softmax, top_k
+from block_recurrent_transformer_pytorch.routing import Router, Store, coordinate_descent, softmax, top_k
 
 exact = {"rtol": 1e-9, "atol": 1e-9}
 minus_infinity = float("-inf")
@@ -255,7 +255,7 @@ def oracle(stream):
 
 def make(**options):
     sizes = {"kv_heads": 2, "dim_head": 4, "block_width": 4, "capacity": 16, "chunk_size": 2, "num_chosen": 3}
-    kind = RoutedKind(**{**sizes, "max_blocks": 3, "scale": 0.5, **options})
+    kind = Router(**{**sizes, "max_blocks": 3, "scale": 0.5, **options})
     if kind.gate is not None:
         torch.nn.init.normal_(kind.gate)
         kind.gate.data[1:] = kind.gate.data[:1]
@@ -385,7 +385,7 @@ def test_few_queries_at_a_time(monkeypatch, everything):
         seen, value = kind.append(value, [stream.blocks(x, 2, 3) for x in (stream.k, stream.v)])
         window, bias = stream.window(3, 3)
         q = stream.blocks(stream.q, 3, 3).unflatten(2, (3, 4))
-        out, losses = kind.read(value, seen, q, window, bias, everything=everything, distil=True)
+        out, losses, *_ = kind.read(value, seen, q, window, bias, everything=everything, distil=True)
         grads = torch.autograd.grad(out.square().sum() + losses.sum(), [*leaves, kind.gate])
         return out, losses, *grads
 
@@ -421,7 +421,7 @@ def test_distillation_teaches_the_router_and_nobody_else():
     router_q = torch.randn(2, 4, 1, 4, 4, requires_grad=True)
     window = [torch.randn(2, 2, 1, 3, 4) for _ in range(2)]
     seen = value.stored[:, None]
-    out, losses = kind.read(value, seen, q, window, router_q=router_q, everything=True, distil=True)
+    out, losses, *_ = kind.read(value, seen, q, window, router_q=router_q, everything=True, distil=True)
     logits = torch.einsum("bghwe,bgne->bghwn", q[:, :, 0].unflatten(1, (2, 2)), value.k.flatten(2, 3)) * kind.scale
     near = torch.einsum("bghwe,bgne->bghwn", q[:, :, 0].unflatten(1, (2, 2)), window[0][:, :, 0]) * kind.scale
     logits[..., 12:] = minus_infinity
@@ -443,6 +443,40 @@ def test_distillation_teaches_the_router_and_nobody_else():
     assert losses.mean() < 0.9 * want.mean()
 
 
+def test_the_numbers_of_chosen_chunks():
+    """The key of each chunk is a unit vector; after the ring has wrapped, queries find theirs and nothing else."""
+    kind = make(kv_heads=1, dim_head=16, chunk_size=4, block_width=4, capacity=16, num_chosen=1, operator="top_k")
+    value = kind.empty(1, torch.zeros(1))
+    for block in range(9):
+        assert value.stored.tolist() == [block]
+        keys = torch.eye(16)[block % 16].expand(1, 1, 4, 16)
+        _, value = kind.append(value, (keys, keys))
+    q = torch.eye(16)[[5, 8, 6, 7]].view(1, 1, 1, 4, 16) * 9
+    reading = kind.read(value, value.stored[:, None], q, [torch.zeros(1, 1, 1, 2, 16)] * 2)
+    assert reading.chunks.flatten().tolist() == [5, 8, 6, 7]
+    nothing = kind.read(kind.empty(1, q), torch.zeros(1, 1, dtype=torch.int64), q, [torch.zeros(1, 1, 1, 2, 16)] * 2)
+    assert nothing.chunks.flatten().tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("pieces", [[1, 1, 1, 1], [3, 1], [1, 2, 1]], ids=str)
+def test_a_shifted_key_is_that_of_the_token_before(pieces):
+    shifted, plain = make(key_shift=True), make()
+    k, v = torch.randn(2, 2, 16, 4), torch.randn(2, 2, 16, 4)
+    before = torch.nn.functional.pad(k, (0, 0, 1, 0))[:, :, :-1]
+    have, want, start = shifted.empty(2, k), plain.empty(2, k), 0
+    for blocks in pieces:
+        here = slice(4 * start, 4 * (start + blocks))
+        _, have = shifted.append(have, (k[:, :, here], v[:, :, here]))
+        _, want = plain.append(want, (before[:, :, here], v[:, :, here]))
+        start += blocks
+    for x, y in zip(have[:4], want[:4]):
+        assert torch.equal(x, y)
+    rows = torch.tensor([False, True])
+    _, after = shifted.append(have.forget(rows), (k[:, :, :4], v[:, :, :4]), rows=rows)
+    assert torch.equal(after.newest[0], have.newest[0]) and torch.equal(after.newest[1], k[1, :, 3:4])
+    assert (after.k[1, :, 0, 0] == 0).all(), "the first token of a row that begins anew has none before it"
+
+
 def test_a_query_that_sees_nothing_gets_zeros():
     kind = make()
     value = kind.empty(1, torch.zeros(1))
@@ -460,7 +494,7 @@ def test_copies_only_what_changes():
     blocks = [torch.randn(2, 2, 4, 4) for _ in range(2)]
     value = kind.empty(2, blocks[0])
     pointers = [x.data_ptr() for x in value[:3]]
-    forgotten = kind.forget(value, torch.tensor([True, False]))
+    forgotten = value.forget(torch.tensor([True, False]))
     assert [x.data_ptr() for x in forgotten[:3]] == pointers
     before = [x.clone() for x in value]
     _, copied = kind.append(value, blocks)
@@ -473,7 +507,7 @@ def test_copies_only_what_changes():
 
 
 def test_reading_does_not_copy_the_store():
-    kind = RoutedKind(kv_heads=1, dim_head=32, block_width=16, capacity=65_536, num_chosen=2)
+    kind = Router(kv_heads=1, dim_head=32, block_width=16, capacity=65_536, num_chosen=2)
     value = kind.empty(1, torch.zeros(1, dtype=torch.float32))._replace(stored=torch.tensor([4096]))
     q, window = torch.randn(1, 2, 1, 1, 32, dtype=torch.float32), [torch.randn(1, 1, 1, 8, 32, dtype=torch.float32)] * 2
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -516,10 +550,10 @@ def test_rows_differ_without_a_host_read():
         value = kind.empty(2, torch.empty(1))
         rows = torch.empty(2, dtype=torch.bool)
         blocks = [torch.empty(2, 2, 4, 4)] * 2
-        value = kind.forget(value, rows)
+        value = value.forget(rows)
         q, window = torch.empty(2, 4, 1, 4, 4), [torch.empty(2, 2, 1, 8, 4)] * 2
         options = {"far_q": q, "distance": torch.empty(2, dtype=torch.int64), "distil": True}
-        (out, losses), value = kind(value, q, window, blocks=blocks, rows=rows, in_place=True, **options)
+        (out, losses, *_), value = kind(value, q, window, blocks=blocks, rows=rows, in_place=True, **options)
     assert out.shape == q.shape and losses.shape == (2, 2, 1, 4) and value.stored.shape == (2,)
 
 
@@ -548,15 +582,6 @@ def test_bad_options(wrong, message):
 def test_bad_input():
     kind = make()
     value = kind.empty(2, torch.zeros(1))
-    kind.check(value, 2, torch.zeros(1))
-    for wrong, message in [
-        ((value, 3), r"k is torch.float64 \(2, 2, 14, 2, 4\) on cpu, this model and batch need torch.float64 \(3, "),
-        ((value._replace(k=value.k.float()), 2), "k is torch.float32"),
-        ((value._replace(stored=value.stored.int()), 2), "stored is torch.int32"),
-        ((tuple(value), 2), "must be a RoutedMemory, not tuple"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            kind.check(*wrong, torch.zeros(1))
     for shape in ((2, 2, 3, 4), (2, 2, 16, 4), (1, 2, 4, 4), (2, 1, 4, 4), (2, 2, 4)):
         with pytest.raises(ValueError, match="blocks must be keys and values"):
             kind.append(value, [torch.zeros(shape)] * 2)
@@ -576,9 +601,9 @@ def test_the_value_travels_like_any_other():
     kind = make()
     stream = Stream(kind, 6)
     out, value = stream.run([1, 1, 3, 1])
-    assert isinstance(value, RoutedMemory) and "2 rows" in repr(value)
+    assert isinstance(value, Store) and "2 rows" in repr(value)
     rows = torch.tensor([1, 1, 0])
-    picked = RoutedMemory(*(x.index_select(0, rows) for x in value))
+    picked = Store(*(x.index_select(0, rows) for x in value))
     q = torch.randn(2, 4, 1, 4, 4)
     window, _ = stream.window(5, 1)
     want = kind.read(value, value.stored[:, None], q, window).out[rows]

@@ -236,7 +236,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel):
         core, recompute = self.transformer, self.gradient_checkpointing and self.training
         if core.config.use_checkpointing != (recompute or self.config.use_checkpointing):
             core.config = replace(core.config, use_checkpointing=recompute or self.config.use_checkpointing)
-        hidden, memories, states, layers = core.encode(
+        hidden, memories, states, layers, _ = core.encode(
             x if padding is None else padding.to_front(x), reset=reset, return_layers=all_,
             xl_memories=None if cache is None else cache.memories, states=None if cache is None else cache.states,
             lengths=None if padding is None else padding.lengths,
