@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from block_recurrent_transformer_pytorch import checkpoint, forget_rows  # noqa: E402
+from block_recurrent_transformer_pytorch import Config, checkpoint, forget_rows  # noqa: E402
 from block_recurrent_transformer_pytorch.flags import PRESETS, model_config  # noqa: E402
 from block_recurrent_transformer_pytorch.footprint import footprint  # noqa: E402
 
@@ -1055,7 +1055,7 @@ def test_documents_are_read_as_if_each_were_alone(options, monkeypatch):
     """In stretches and side by side, every token once, to the same losses as block by block."""
     monkeypatch.setattr(evaluate, "MOST_TOKENS", 48)
     torch.manual_seed(0)
-    config = train.Config(num_tokens=11, dim=8, depth=2, dim_head=4, heads=2, block_width=4, max_seq_len=8,
+    config = Config(num_tokens=11, dim=8, depth=2, dim_head=4, heads=2, block_width=4, max_seq_len=8,
                           num_state_vectors=3, **options)  # fmt: skip
     model = train.BlockRecurrentTransformer(config).double().eval()
     draw = random.Random(0)
@@ -1077,7 +1077,7 @@ def test_every_token_counts_once(way, monkeypatch):
     class Even(torch.nn.Module):
         """Every token costs one nat."""
 
-        config = train.Config(num_tokens=11, dim=2, depth=1, block_width=4, max_seq_len=8)
+        config = Config(num_tokens=11, dim=2, depth=1, block_width=4, max_seq_len=8)
         token_emb = torch.nn.Linear(1, 1)
 
         reach = 1
@@ -1140,7 +1140,7 @@ def test_evaluation_names_a_damaged_config(tmp_path, content):
 
 def test_evaluation_says_how_long_it_takes(monkeypatch):
     torch.manual_seed(0)
-    config = train.Config(num_tokens=11, dim=8, depth=1, dim_head=4, heads=2, block_width=4, max_seq_len=8)
+    config = Config(num_tokens=11, dim=8, depth=1, dim_head=4, heads=2, block_width=4, max_seq_len=8)
     model = train.BlockRecurrentTransformer(config)
     corpus = train.data.Corpus.from_tokens([[n % 11] * 50 for n in range(40)], num_tokens=11)
     assert evaluate.seconds_needed(model, corpus, 4) is None  # it takes no longer than to find out
