@@ -26,6 +26,8 @@ setup(
         "transformers": ["transformers>=5.23", "accelerate>=1.10"],
         "lm-eval": ["lm_eval>=0.4.13"],
         "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
+        "peft": ["peft>=0.21"],
+        "quantization": ["torchao>=0.18"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
     },
     entry_points={

@@ -32,8 +32,9 @@ class Unavailable(Exception):
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], Any]], runs: int, calls: Mapping[str, int] | None = None, warmup: int = 1
-) -> dict[str, list[float]]:
+    contestants: Mapping[str, Callable[[], Any]], runs: int, calls: Mapping[str, int] | None = None, warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of each contestant, taken in turns A B A B, so that whatever else the machine does strikes all alike.
 
     `calls` says how many calls of a contestant are one run (default 1); the time is that of one call.
@@ -46,11 +47,11 @@ def interleave(
         for name, run in contestants.items():
             count = (calls or {}).get(name, 1)
             synchronise()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(count):
                 run()
             synchronise()
-            times[name].append((time.perf_counter() - start) / count)
+            times[name].append((clock() - start) / count)
     return times
 
 

@@ -80,6 +80,26 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", how, "", machine(results), *end])
 
 
+def columns(figure: dict[str, Any]) -> list[str]:
+    """A table of a figure whose cases have the same contestants: a column for each, and how many times the first."""
+    names = list(figure["cases"][0]["entries"])
+    lines = [row([f"**{figure['title']}**", *names]), row(["---", *["---:"] * len(names)])]
+    for case in figure["cases"]:
+        values = [
+            quantity(entry["median"], case["unit"]) + (f" ({ratio(entry)})" if "ratio" in entry else "")
+            for entry in case["entries"].values()
+        ]
+        lines.append(row([case["case"], *values]))
+    return lines
+
+
+def side_by_side(results: dict[str, Any]) -> str:
+    """A table for each figure."""
+    how = "Medians; in brackets how many times the first column, with quartiles of ratios taken pair by pair."
+    tables = ["\n".join(columns(figure)) for figure in results["figures"].values()]
+    return "\n\n".join([*tables, how, machine(results)])
+
+
 def row(columns: list[str]) -> str:
     return "| " + " | ".join(columns) + " |"
 
@@ -110,17 +130,18 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", machine({"figures": figures})])
 
 
-def update_page(path: Path, table: str) -> None:
-    """Puts a table between the two markers of a file.
+def update_page(path: Path, table: str, name: str = "benchmark") -> None:
+    """Puts a table between the two markers of a file that have its name.
 
     Raises:
         ValueError: the file has no markers, or not in this order.
     """
     content = path.read_text(encoding="utf-8")
-    start, stop = content.find(BEGIN), content.find(END)
+    begin, end = BEGIN.replace("benchmark", name), END.replace("benchmark", name)
+    start, stop = content.find(begin), content.find(end)
     if start < 0 or stop < start:
-        raise ValueError(f"{path} must hold the lines {BEGIN} and {END}")
-    path.write_text(f"{content[: start + len(BEGIN)]}\n{table}\n{content[stop:]}", encoding="utf-8")
+        raise ValueError(f"{path} must hold the lines {begin} and {end}")
+    path.write_text(f"{content[: start + len(begin)]}\n{table}\n{content[stop:]}", encoding="utf-8")
 
 
 def plot(results: dict[str, Any], path: Path) -> bool:

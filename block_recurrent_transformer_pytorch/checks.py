@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,16 @@ def describe(value: Any) -> str:
         return f"{kind} {value.dtype} {tuple(value.shape)}: use torch.as_tensor"
     text = repr(value)
     return text if len(text) <= 200 else f"{type(value).__name__} {text[:80]}..."
+
+
+def matching(names: Iterable[str], patterns: Sequence[str], argument: str, what: str) -> list[str]:
+    """The names that match any of some glob patterns, in their order; each pattern must match one."""
+    known = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            example = f", which are named like {known[len(known) // 2]}" if known else ""
+            raise ValueError(f"{argument} {pattern!r} matches none of the {len(known)} {what}{example}")
+    return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def can_look(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import data, optim, paper
+from . import data, llama, optim, paper, pretrained
 from .config import Config
 
 # ----------------------------------------------------------------------------------------- 1 presets and types of flags
@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 OF_CONFIG = {  # options of Config: their flags
     "block_width": "block", "num_state_vectors": "states", "max_seq_len": "segment", "dim": "dim", "depth": "depth",
-    "heads": "heads", "dim_head": "dim_head", "recurrent_layers": "recurrent_layers",
+    "heads": "heads", "dim_head": "dim_head", "recurrent_layers": "recurrent_layers", "num_tokens": "vocabulary",
     "use_checkpointing": "checkpointing",
 }  # fmt: skip
 
@@ -144,6 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_flags(parser.add_argument_group("the run"))
     add_data_flags(parser.add_argument_group("data"))
     add_model_flags(parser.add_argument_group("model"))
+    add_tuning_flags(parser.add_argument_group("fine-tuning"))
     add_training_flags(parser.add_argument_group("training"))
     add_output_flags(parser.add_argument_group("what is measured and kept"))
     return parser
@@ -158,9 +159,6 @@ def add_run_flags(group: Any) -> None:
     add("--out", metavar="DIR", help="folder of the run; default runs/PRESET-DATE")
     add("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in this folder (or in --out) from its "
         "last intact checkpoint, with its options; those given here replace them")  # fmt: skip
-    add("--init", metavar="DIR", help="begin with the weights of another run, or of a folder that save_pretrained "
-        "wrote, and with its options of the model: fine-tuning on other text. Only weights are taken: steps, optimizer "
-        "and order of reading begin anew")  # fmt: skip
     add("--steps", type=positive, default=1000, help="optimizer steps of the whole run")
     add("--seed", type=natural, default=0, help="of weights, order of documents, dropout and samples")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="what computes; on a GPU every process takes its own")
@@ -193,8 +191,24 @@ def add_model_flags(group: Any) -> None:
     add("--states", type=positive, default=512, help="state vectors of a recurrent layer")
     add("--recurrent-layers", type=positive, nargs="*", metavar="N", help="layers, from 1, that have a state; default "
         "the one in the middle, no number: none")  # fmt: skip
+    add("--vocabulary", type=positive, metavar="N", help="token ids that the model has; default those of the tokenizer")
     add("--set", action="append", default=[], metavar="NAME=VALUE", type=setting, help="any other option of "
         "Config, as JSON: --set gate=lstm --set num_xl_blocks=2")  # fmt: skip
+
+
+def add_tuning_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--init", metavar="DIR", help="begin with the weights of another run, of a folder that save_pretrained "
+        "wrote, or of a Llama, Mistral, Qwen, SmolLM or Phi-3 as transformers writes it, with its tokenizer and its "
+        "options of the model. Only weights are taken: steps, optimizer and order of reading begin anew")  # fmt: skip
+    add("--freeze", nargs="+", metavar="PATTERN", help="parameters that are not trained, by glob patterns of their "
+        "names: --freeze 'token_emb.*' 'layers.[0-3].*'")  # fmt: skip
+    add("--train-only", nargs="+", metavar="PATTERN", help="parameters that alone are trained, likewise; new: those "
+        "that a pretrained model did not have")  # fmt: skip
+    add("--lora-rank", type=positive, metavar="R", help="train adapters of this rank instead of the maps beside which "
+        "they stand (LoRA, through PEFT), and what --train-only names")  # fmt: skip
+    add("--lora-targets", nargs="+", metavar="PATTERN", help="linear maps that get an adapter, by glob patterns of "
+        "their names; default 'layers.*'")  # fmt: skip
 
 
 def add_training_flags(group: Any) -> None:
@@ -258,10 +272,11 @@ def check_setting(name: str) -> None:
 
 
 def options_of_model(folder: Path) -> dict[str, Any]:
-    """The options of train.py that give the model of a run, or of a folder that `save_pretrained` wrote, and its text.
+    """The options of train.py that give model and tokenizer of a run, of a folder that `save_pretrained` wrote, or of a
+    Llama.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
     """
     try:
         content = json.loads((folder / "config.json").read_bytes())
@@ -269,6 +284,8 @@ def options_of_model(folder: Path) -> dict[str, Any]:
         config = {field.name: content.get("model", content).get(field.name) for field in fields(Config)}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"--init {folder}: its config.json cannot be read: {error}") from error
+    if pretrained.is_of_transformers(folder):
+        config |= llama.begin_options(folder)
     if not isinstance(config["dim"], int):
         raise ValueError(f"--init {folder}: config.json holds no model")
     if (folder / "tokenizer.json").is_file():
@@ -307,6 +324,8 @@ def gather(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     options_of_run: dict[str, Any] = {}
     if given.resume is not None and (Path(folder) / "config.json").exists():
         options_of_run = read_options(parser, "--resume", Path(folder) / "config.json")
+        if (Path(folder) / "tokenizer.json").is_file():  # whatever became of the one that was given
+            options_of_run["tokenizer"] = str(Path(folder) / "tokenizer.json")
         read += as_flags(options_of_run)
     if given.init:  # whose options give way to all others
         try:
@@ -385,6 +404,7 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} is above 1")
     if max(options.betas) >= 1:
         parser.error(f"--betas {options.betas} must be below 1")
+    check_tuning(options, parser)
     if options.optimizer == "adafactor" and options.parallel == "fsdp" and "WORLD_SIZE" in os.environ:
         parser.error("--optimizer adafactor needs whole parameters, --parallel fsdp splits them: use adamw, or ddp")
     if options.precision == "auto":
@@ -392,21 +412,37 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     try:
         for name in options.set:
             check_setting(name)
-        model_config(options, num_tokens=256)
+        model_config(options, num_tokens=2)
     except ValueError as error:
         parser.error(str(error))
 
 
+def check_tuning(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """What the flags of fine-tuning have to do with each other."""
+    if options.freeze and (options.train_only or options.lora_rank):
+        flag = "--train-only" if options.train_only else "--lora-rank"
+        parser.error(f"--freeze: {flag} freezes everything else already; give only one of them")
+    if options.lora_targets and not options.lora_rank:
+        parser.error("--lora-targets are those of --lora-rank R, which is not given")
+    if options.init and not options.tokenizer and pretrained.is_of_transformers(Path(options.init)):
+        parser.error(f"--init {options.init} has no tokenizer.json: give --tokenizer FILE")
+    if "new" in (options.train_only or ()) and options.parallel == "fsdp" and "WORLD_SIZE" in os.environ:
+        parser.error("--train-only new trains parts of maps, which --parallel fsdp splits otherwise: use ddp")
+
+
 def model_config(options: argparse.Namespace, num_tokens: int) -> Config:
-    """The sizes and options of the model.
+    """The sizes and options of the model, for a tokenizer of so many tokens.
 
     Raises:
         ValueError: they cannot be combined, or are out of range.
     """
+    if options.vocabulary and options.vocabulary < num_tokens:
+        raise ValueError(f"--vocabulary {options.vocabulary} is less than the {num_tokens} tokens of the tokenizer: "
+                         "give the --tokenizer of the model, or none")  # fmt: skip
     values = {
-        "num_tokens": num_tokens, "dim": options.dim, "depth": options.depth, "heads": options.heads,
-        "dim_head": options.dim_head, "block_width": options.block, "max_seq_len": options.segment,
-        "num_state_vectors": options.states, "use_flash_attn": True, "use_checkpointing": options.checkpointing,
-        "recurrent_layers": options.recurrent_layers,
+        "num_tokens": options.vocabulary or num_tokens, "dim": options.dim, "depth": options.depth,
+        "heads": options.heads, "dim_head": options.dim_head, "block_width": options.block,
+        "max_seq_len": options.segment, "num_state_vectors": options.states, "use_flash_attn": True,
+        "use_checkpointing": options.checkpointing, "recurrent_layers": options.recurrent_layers,
     }  # fmt: skip
     return Config.from_dict({**values, **options.set})

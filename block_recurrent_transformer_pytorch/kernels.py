@@ -86,7 +86,9 @@ class Unit(torch.autograd.Function):
         y, scaled = x / length, grad if gain is None else grad * gain
         along = (y * scaled).sum(-1, keepdim=True)
         grad_x = (torch.addcmul(scaled, y, along, value=-1) / length).to(x.dtype)
-        return grad_x, None if gain is None else (grad * y).sum_to_size(gain.shape).to(gain.dtype)
+        if gain is None or not ctx.needs_input_grad[1]:
+            return grad_x, None
+        return grad_x, (grad * y).sum_to_size(gain.shape).to(gain.dtype)
 
 
 def unit(x: Tensor, gain: Tensor | None = None) -> Tensor:

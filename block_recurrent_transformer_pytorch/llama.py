@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -78,13 +79,39 @@ def from_llama(
     store = {"routed": {"layers": tuple(routed_layers), **ROUTED, **routed}} if routed_layers else {}
     options["extra_memories"] = sinks | store | options.get("extra_memories", {})
     config = Config(**theirs | own | options)
-    entries = Entries({name: moved_to(dtype, tensor) for name, tensor in weights.items()}, name)
+    entries = Entries({entry: moved_to(dtype, weights.pop(entry)) for entry in list(weights)}, name)  # not twice
     for layer in range(1, config.depth + 1):
         move_layer(entries, config, layer, is_fused=content["model_type"] == "phi3")
     move_ends(entries, config)
     entries.check_empty()
     ours = new_weights(config, entries.ours) | entries.ours
     return cls.from_weights(config, ours, name, entries.sources, take=True)
+
+
+def begin_options(folder: Path) -> dict[str, Any]:
+    """All options of `Config` with which a run begins that is given a folder and nothing else: what follows from it, a
+    window of two blocks of 512 tokens, and four sinks.
+
+    Raises:
+        ValueError: a model that we cannot carry; names what of it.
+    """
+    content = read_json(folder / CONFIG)
+    options = options_of(content, window=1, name=str(folder / CONFIG))  # the window is checked when it is known
+    begin = {
+        "block_width": 512, "num_xl_blocks": 1, "max_seq_len": 1024, "extra_memories": {"sinks": {"tokens": 4}},
+        "recurrent_layers": (), "attn_dropout": float(content.get("attention_dropout") or 0),
+    }  # fmt: skip
+    found = asdict(Config(**options | begin))
+    return found | {"recurrent_layers": [], "read_recurrent_layers": None}  # for whoever adds some
+
+
+def load_weights(folder: Path, config: Config) -> tuple[Config, dict[str, Tensor]]:
+    """Weights for a model of these options, of which those that follow from the pretrained model become what they are
+    there. Errors as of `from_llama`."""
+    theirs = options_of(read_json(folder / CONFIG), window=1, name=str(folder / CONFIG))
+    own = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in theirs}
+    model = BlockRecurrentTransformer.from_llama(folder, sink_tokens=0, **own)
+    return model.config, model.state_dict()
 
 
 def read_source(source: StrPath | nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -303,8 +330,8 @@ def new_parameters(model: BlockRecurrentTransformer) -> dict[str, nn.Parameter]:
 def freeze_pretrained(model: BlockRecurrentTransformer) -> dict[str, nn.Parameter]:
     """Leaves only the new parameters to be trained, and returns them by name.
 
-    Of the maps that are part new, the gradient of the pretrained part is zero: they stay what they are in an optimizer
-    without weight decay. Deep copies lose this; moving a model does not.
+    Of the maps that are part new, the gradient of the pretrained part is zero, and `optim.parameter_groups` does not
+    let them decay: that part stays what it is. Deep copies lose this; moving a model does not.
     """
     found = new_parameters(model)
     for name, parameter in model.named_parameters():
@@ -316,6 +343,7 @@ def freeze_pretrained(model: BlockRecurrentTransformer) -> dict[str, nn.Paramete
             continue
         for part, axis in ((layer.to_qkv, 0), (layer.to_out, 1)):
             for parameter in part.parameters():
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
                 hook = partial(only, axis=axis, first=inner, size=size)
                 parameter.register_hook(hook)  # type: ignore[no-untyped-call]
     return found

@@ -58,11 +58,11 @@ def cross_entropy(
 
     if reduction == "none":
         return (in_chunks(losses, rows, wanted, size) * scale).view(targets.shape)
-    is_plain = rows.shape[0] <= size or torch.compiler.is_compiling() or is_functional() or not torch.is_grad_enabled()
-    if is_plain:
+    used = tuple(parameter for parameter in parameters if parameter.requires_grad)  # a frozen one costs no gradient
+    is_wanted = torch.is_grad_enabled() and (rows.requires_grad or bool(used))
+    if rows.shape[0] <= size or torch.compiler.is_compiling() or is_functional() or not is_wanted:
         total = (in_chunks(losses, rows, wanted, size) * scale).sum()
     else:
-        used = tuple(parameter for parameter in parameters if parameter.requires_grad)
         total = SummedCrossEntropy.apply(head, rows, wanted, scale, size, *used)  # type: ignore[no-untyped-call]
     if reduction == "sum":
         return total

@@ -332,6 +332,13 @@ def _check_adafactor(group: dict[str, Any]) -> None:
         raise ValueError(f"weight_decay={group['weight_decay']}: the authors' Adafactor has none, set it to 0")
 
 
+def make(name: str, groups: list[dict[str, Any]], *, lr: float, betas: list[float]) -> Optimizer:
+    """ "adamw", or the authors' "adafactor", which has neither betas nor a weight decay, for groups of parameters."""
+    if name == "adafactor":
+        return Adafactor([{"params": group["params"]} for group in groups], lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+
+
 # 3 precision
 
 
@@ -402,7 +409,7 @@ def step(optimizer: Optimizer, *, lr: float, clip: float, scale: LossScale) -> t
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in two groups for AdamW: those that decay, and those that do not.
+    """The parameters that are trained, in two groups for AdamW: those that decay, and those that do not.
 
     Matrices decay: projections, feed-forwards, convolutions, and embeddings too, as in GPT-2 (where the table is tied
     to the output it is one). What has fewer than two dimensions does not: gains of norms, biases, gates of one vector,
@@ -416,7 +423,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         weight_decay: decay of the first group, per step and relative to the learning rate.
 
     Returns:
-        Always two groups, each parameter in exactly one of them and tied ones once, in the order of `named_parameters`.
+        Always two groups, each parameter in exactly one of them and tied ones once, in the order of `named_parameters`;
+        those without requires_grad in none.
         A parameter that is tied to a marked one counts as marked.
 
     Raises:
@@ -427,7 +435,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     exempt = {id(parameter) for module in model.modules() for parameter in _marked(module)}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         decays = parameter.dim() >= 2 and id(parameter) not in exempt
         (decayed if decays else kept).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

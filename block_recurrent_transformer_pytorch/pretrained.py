@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import checkpoint as checkpoints
-from . import data
+from . import data, lora
 from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
 from .config import Config
 from .files import read_tensors, tensor_names, write_tensors, written_at_once
@@ -123,6 +123,15 @@ def is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
 
 
+def is_of_transformers(folder: Path) -> bool:
+    """Whether it is a folder that the transformers library wrote of a model of its own; `llama` reads some of them."""
+    try:
+        content = json.loads((folder / CONFIG).read_bytes())
+        return bool(content.get("model_type", MODEL_TYPE) != MODEL_TYPE)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
 def from_pretrained(
     path: StrPath, *, checkpoint: Which = "best", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> BlockRecurrentTransformer:
@@ -174,17 +183,19 @@ def load_weights(
 
 
 def load_checkpoint(folder: Path, which: Which) -> checkpoints.Checkpoint:
-    """The best or last checkpoint of a run, with its model alone."""
+    """The best or last checkpoint of a run, with its model alone; adapters are merged into the maps beside them."""
     path = folder / "checkpoints"
     try:
         if which == "best":
-            return checkpoints.load(checkpoints.best(path), only=["model"])
-        saved = checkpoints.load_latest(path, only=["model"])
+            saved = checkpoints.load(checkpoints.best(path), only=["model"])
+        else:
+            saved = checkpoints.load_latest(path, only=["model"])
     except FileNotFoundError as error:
         hint = "; checkpoint 'last' needs no loss in validation" if which == "best" else ""
         raise ValueError(f"{error}{hint}") from error
     for reason in saved.skipped:
         warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=3)
+    lora.merge(saved.tensors["model"])
     return saved
 
 
@@ -261,7 +272,7 @@ def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None)
 
 
 def load_tokenizer(path: StrPath) -> data.Tokenizer:
-    """The tokenizer of a saved model, or of a run.
+    """The tokenizer of a saved model, of a run, or of a folder of the transformers library.
 
     Raises:
         ValueError: there is none, or its file cannot be read.
@@ -272,8 +283,13 @@ def load_tokenizer(path: StrPath) -> data.Tokenizer:
         options = read_json(folder / CONFIG).get("options")
         if not isinstance(options, dict) or "tokenizer" not in options:
             raise ValueError(f"{folder / CONFIG} says nothing of a tokenizer")
-        return data.FileTokenizer(options["tokenizer"]) if options["tokenizer"] else data.ByteTokenizer()
-    kept = read_config(folder).get("tokenizer")
+        if not options["tokenizer"]:
+            return data.ByteTokenizer()
+        own = folder / TOKENIZER  # runs of version 1.1.0 do not keep it
+        return data.FileTokenizer(own if own.is_file() else options["tokenizer"])
+    if is_of_transformers(folder) and not (folder / TOKENIZER).is_file():
+        raise ValueError(f"{folder} has no {TOKENIZER}: AutoTokenizer.from_pretrained(...).save_pretrained writes one")
+    kept = TOKENIZER if is_of_transformers(folder) else read_config(folder).get("tokenizer")
     if kept == TOKENIZER:
         return data.FileTokenizer(folder / TOKENIZER)
     if kept == "bytes":

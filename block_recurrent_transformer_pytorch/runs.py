@@ -1,7 +1,8 @@
-"""The folder of a run: never that of another, written to by one run at a time, and what made it."""
+"""The folder of a run: never that of another, written to by one run at a time, what made it, and what cannot change."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import signal
@@ -15,8 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, files
+from . import __version__, files, lora
+from .block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+from .checkpoint import Checkpoint
+from .config import Config
 from .distributed import Processes
+from .tuning import differences
 
 
 def make_folder(out: str | None, preset: str, resume: bool, processes: Processes) -> Path:
@@ -89,6 +94,32 @@ def listening(signals: list[tuple[int, float]], *, quiet: bool) -> Iterator[None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check_options(
+    options: argparse.Namespace, folder: Path, model: BlockRecurrentTransformer, stream: dict[str, Any],
+    saved: Checkpoint,
+) -> None:  # fmt: skip
+    """A ValueError names what a run cannot change when it goes on. `stream` is the state of its text's reader."""
+    metadata, weights = saved.metadata, saved.tensors["model"]
+    begin = f"--init {folder} --out NEW"
+    if other := differences(Config.from_dict(metadata["model_config"]), model.config):
+        raise ValueError(f"its model has other sizes or options than those given now: {other}; to begin a new run with "
+                         f"its weights: {begin}")  # fmt: skip
+    if lora.shapes(weights) != lora.shapes(model.state_dict()):
+        raise ValueError(f"--lora-rank {options.lora_rank}: the run in {folder} has other adapters, or none; to "
+                         f"begin a new run with its weights: {begin}")  # fmt: skip
+    own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
+    for name, now in own.items():
+        then = metadata["optimizer"] if name == "optimizer" else metadata["stream"][name]
+        if then != now:
+            raise ValueError(f"--{name} {now}: the run in {folder} has {then}")
+    if metadata["stream"]["corpus"] != stream["corpus"]:
+        raise ValueError(f"--data {options.data}: the run in {folder} reads another text, or its files have changed "
+                         f"since; to train its weights on this one: {begin}")  # fmt: skip
+    then, dtype = weights["token_emb.weight"].dtype, model.token_emb.weight.dtype
+    if then != dtype:
+        raise ValueError(f"--precision {options.precision} keeps weights in {dtype}, the run in {folder} in {then}")
 
 
 def versions() -> dict[str, str]:

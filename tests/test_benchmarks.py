@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import contestants, figures, limits, measure, report, run
+from benchmarks import contestants, figures, limits, measure, pretrained, report, run
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
 
 RESULTS = {
@@ -120,6 +120,23 @@ def test_the_pages_hold_what_was_measured():
         between = text.partition(f"{report.BEGIN}\n")[2].partition(f"\n{report.END}")[0]
         assert between == table(results), "python -m benchmarks table --update-docs"
     assert report.summary(results).count("\n| ") == 1 + len(report.SUMMARY)
+
+
+def test_the_page_holds_what_was_measured_of_pretrained_models():
+    results = json.loads(pretrained.RESULTS.read_text(encoding="utf-8"))
+    text = (Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    between = text.partition("<!-- pretrained table: begin -->\n")[2].partition("\n<!-- pretrained table: end -->")[0]
+    assert between == report.side_by_side(results), "python -m benchmarks.pretrained --table"
+    assert list(results["figures"]) == list(pretrained.FIGURES)
+    assert not any(figure["quick"] for figure in results["figures"].values())
+
+
+def test_a_table_with_a_column_for_each_contestant():
+    values = {"fp32": [1.0, 2.0, 4.0], "int8": [0.5, 1.0, 2.0]}
+    cases = [pretrained.against_first("a token", values, "s"), pretrained.against_first("size", {"fp32": [8.0]}, "MiB")]
+    lines = report.columns({"title": "Weights", "cases": cases})
+    assert lines[0] == "| **Weights** | fp32 | int8 |"
+    assert lines[2:] == ["| a token | 2 s | 1 s (0.50 (0.50–0.50)) |", "| size | 8 MiB |"]
 
 
 def test_command(tmp_path, capsys):

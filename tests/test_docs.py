@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, config, paper
+from block_recurrent_transformer_pytorch.flags import model_config
+from block_recurrent_transformer_pytorch.llama import to_llama
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -113,8 +115,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def workplace(trained, monkeypatch, tmp_path):
-    """A folder with the run and the book that the README speaks of."""
-    shutil.copytree(trained / "run", tmp_path / "runs" / "first")
+    """A folder with the runs, the book and the pretrained model that the pages speak of."""
+    for name in ("first", "tuned"):
+        shutil.copytree(trained / "run", tmp_path / "runs" / name)
+    like_llama = {"positions": "rotary", "ff_activation": "swiglu", "norm": "rms", "logit_scale": 1.0}
+    sizes = {"num_tokens": 9, "dim": 16, "depth": 20, "heads": 2, "dim_head": 8, "max_seq_len": 16, "block_width": 8}
+    to_llama(BlockRecurrentTransformer(**sizes, **like_llama, recurrent_layers=()), tmp_path / "SmolLM2-135M")
+    (tmp_path / "SmolLM2-135M" / "tokenizer.json").touch()
     shutil.copy(trained / "book.txt", tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -171,7 +178,7 @@ def test_commands_of_the_trainer_parse(command, workplace, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
     options = train.parse(flags)
     assert options.batch % (processes * options.accumulate) == 0
-    train.model_config(options, num_tokens=256)
+    model_config(options, num_tokens=options.vocabulary or 256)
 
 
 def test_scaling_tables_are_what_the_script_computes():

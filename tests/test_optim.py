@@ -312,6 +312,8 @@ def test_groups_hold_every_parameter_once():
     assert decayed == ["embedding.weight", "conv.weight"]
     assert kept == ["state_ids", "initial_state", "scale", "norm.weight", "norm.bias", "conv.bias", "to_logits.bias"]
     torch.optim.AdamW(groups)  # raises on a parameter that is in two groups
+    model.embedding.requires_grad_(False)
+    assert named_groups(model, parameter_groups(model, 0.1)) == [["conv.weight"], kept]
 
 
 def test_marks_on_the_module_survive_a_copy():

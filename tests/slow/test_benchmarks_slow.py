@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import pretrained  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,13 @@ def test_quick_run(tmp_path, start, names):
     assert sorted(figures) == sorted(names.split(","))
     for figure in figures.values():
         assert all(case["entries"]["ours"]["median"] > 0 for case in figure["cases"] if case["entries"])
+
+
+def test_every_figure_of_pretrained_models_runs(tmp_path, capsys):
+    for name in ("peft", "torchao", "transformers"):
+        pytest.importorskip(name, reason=f"needs {name}")
+    pretrained.main(["--quick", "--results", str(tmp_path / "results.json")])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["figures"]) == list(pretrained.FIGURES)
+    told = capsys.readouterr().out
+    assert "| fp32, CPU time |" in told and "| one token |" in told and "| writing behind 128 tokens, a token |" in told

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from block_recurrent_transformer_pytorch import checkpoint  # noqa: E402
+from block_recurrent_transformer_pytorch import checkpoint, pretrained  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -339,3 +339,23 @@ def test_compiled(command, tmp_path):
     done(command(tmp_path / "plain", *few))
     done(command(tmp_path / "compiled", *few, "--compile"), prelude=compile_without_kernels)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- frozen, and adapters
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "flags", [["--freeze", "token_emb.*", "layers.0.*"], ["--lora-rank", "2", "--train-only", "*norm.weight"]],
+    ids=["frozen", "adapters"],
+)  # fmt: skip
+def test_two_processes_train_a_part_as_one_does(command, tmp_path, parallel, flags):
+    """In losses, and in the weights that are read of the run."""
+    if "--lora-rank" in flags:
+        pytest.importorskip("peft", reason="needs peft (pip install peft)")
+    done(command(tmp_path / "one", *flags, "--precision", "fp64"))
+    done(command(tmp_path / "two", *flags, "--precision", "fp64", "--parallel", parallel), processes=2)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-9)
+    one, two = (pretrained.load_weights(tmp_path / name, checkpoint="last")[1] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)

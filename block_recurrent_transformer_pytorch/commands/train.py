@@ -4,6 +4,7 @@
     python train.py --data my_texts/ --preset enwik8 --steps 20000 --out runs/mine
     python train.py --resume runs/mine           # after Ctrl-C, a crash or a kill: the same run, to the last bit
     python train.py --init runs/mine --data other_texts/ --lr 1e-4          # fine-tuning: its weights, a new run
+    python train.py --init SmolLM2-135M/ --lora-rank 8 --data my_texts/     # of a pretrained Llama, too
     torchrun --nproc-per-node 8 train.py --preset paper-150m --accumulate 1
 
 A step reads the next segment (or several) of every row of the batch, each row its own document, and the memories and
@@ -15,7 +16,7 @@ What a run leaves in its folder:
     config.json       all options, the git commit, versions         checkpoints/   to go on from: the last and the best
     metrics.jsonl     one object a step: step, loss, ...            curve.png      the learning curve, with matplotlib
     timing.jsonl      seconds and tokens/s of the steps             sample.txt     what the model writes
-    tensorboard/      with tensorboard
+    tensorboard/      with tensorboard                              tokenizer.json  if it reads no bytes
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ from tqdm import tqdm
 
 from block_recurrent_transformer_pytorch import (
     BlockRecurrentTransformer,
-    Config,
     Memories,
     RecurrentTrainWrapper,
     States,
@@ -57,14 +57,14 @@ from block_recurrent_transformer_pytorch import (
     distributed,
     optim,
     planning,
-    pretrained,
     replay,
     runs,
     texts,
+    tuning,
 )
 from block_recurrent_transformer_pytorch.distributed import Processes, to_device
 from block_recurrent_transformer_pytorch.files import written_at_once
-from block_recurrent_transformer_pytorch.flags import gradient_depth, model_config, parse
+from block_recurrent_transformer_pytorch.flags import gradient_depth, parse
 from block_recurrent_transformer_pytorch.metrics import Log, draw_curve, show
 
 LONGEST_SKIP = 100  # steps without a finite gradient, in a row, that end a run
@@ -113,17 +113,18 @@ class Run:
         return int(self.options.batch * self.options.segment * self.options.step_segments)
 
 
-def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
-    """A run at its beginning."""
+def build(options: argparse.Namespace, processes: Processes, path: Path, *, has_begun: bool) -> Run:
+    """A run at its beginning; one that `has_begun` is then restored."""
     train, valid, tokenizer = texts.load(options, processes)
     torch.manual_seed(options.seed)  # the same weights in all processes
-    model = build_model(options, processes, train.num_tokens)
+    model = tuning.build_model(options, processes, train.num_tokens, has_begun=has_begun)
     generator = torch.Generator().manual_seed(options.seed)
     segments = Segments(torch.compile(model) if options.compile else model, options, generator)  # type: ignore[arg-type]
     loss: nn.Module = segments
     if processes.size > 1 and options.parallel == "ddp":
         loss = distributed.replicate(segments, model, unused=bool(segments.wrapper.untrained()))
-    optimizer = make_optimizer(options, optim.parameter_groups(model, options.weight_decay))
+    groups = optim.parameter_groups(model, options.weight_decay)
+    optimizer = optim.make(options.optimizer, groups, lr=options.lr, betas=options.betas)
     schedule = optim.schedule(options.schedule, base=options.lr, max_steps=options.steps, end=options.lr_end,
                               warmup=min(options.warmup, options.steps))  # fmt: skip
     stream = data.DocumentStream(train, batch=options.batch, segment=options.segment, seed=options.seed,
@@ -136,53 +137,6 @@ def build(options: argparse.Namespace, processes: Processes, path: Path) -> Run:
     scale = optim.LossScale(options.precision == "fp16")
     return Run(options, processes, path, model, segments, loss, optimizer, schedule, train, valid, sample, final,
                tokenizer, stream.rows, reader, generator, scale, carried)  # fmt: skip
-
-
-def build_model(options: argparse.Namespace, processes: Processes, num_tokens: int) -> BlockRecurrentTransformer:
-    config = model_config(options, num_tokens)
-    try:
-        model = BlockRecurrentTransformer(config).to(processes.device, optim.weight_type(options.precision))
-    except (RuntimeError, TypeError) as error:  # no memory, or a size beyond 64 bits
-        sizes = f"--dim {options.dim} --depth {options.depth} --set {options.set}"
-        raise ValueError(f"{sizes}: the model cannot be built: {str(error).splitlines()[0]}") from error
-    if processes.size > 1 and options.parallel == "fsdp":
-        distributed.shard(model, processes)
-    return model
-
-
-def make_optimizer(options: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if options.optimizer == "adafactor":
-        return optim.Adafactor([{"params": group["params"]} for group in groups], lr=options.lr)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=tuple(options.betas))
-
-
-def take_weights(run: Run) -> None:
-    """Begins with the weights that --init names."""
-    folder = Path(run.options.init)
-    try:
-        config, weights = pretrained.load_weights(folder)
-    except ValueError:
-        if not pretrained.is_run(folder):
-            raise
-        config, weights = pretrained.load_weights(folder, checkpoint="last")  # a run that was never validated
-    other = differences(config, run.model.config)
-    try:
-        dtype = run.model.token_emb.weight.dtype
-        distributed.load_full_state(run.model, {name: weight.to(dtype) for name, weight in weights.items()})
-    except ValueError as error:
-        raise ValueError(
-            f"--init {run.options.init}: its weights do not fit, this model has {other or 'others'} ({error}). Leave "
-            "out the flags that change the model, and give the same --tokenizer; to go on with a run there is --resume"
-        ) from error
-    run.processes.say(f"weights: from {run.options.init}{other and ', but with '}{other}")
-
-
-def differences(then: Config, now: Config) -> str:
-    """The options that change what weights and memories are or mean; empty if there are none."""
-    if then.fingerprint == now.fingerprint:
-        return ""
-    pairs = [(name, value, getattr(then, name)) for name, value in asdict(now).items()]
-    return ", ".join(f"{name}={value} instead of {was}" for name, value, was in pairs if value != was)[:300]
 
 
 # ------------------------------------------------------------------------------------------------------------ 2 a step
@@ -446,6 +400,9 @@ def write_config(run: Run) -> None:
     }  # fmt: skip
     with written_at_once(run.folder / "config.json") as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
+    if isinstance(run.tokenizer, data.FileTokenizer):
+        with written_at_once(run.folder / "tokenizer.json") as file:
+            file.write(run.tokenizer.content)
 
 
 def save(run: Run, log: Log) -> bool:
@@ -479,28 +436,23 @@ def save(run: Run, log: Log) -> bool:
     return written
 
 
-def restore(run: Run) -> bool:
-    """Goes on from the last checkpoint that can be used, on any number of processes; False where there is none."""
+def restore(run: Run) -> None:
+    """Goes on from the last checkpoint that can be used, on any number of processes."""
     options, processes, path = run.options, run.processes, run.folder / "checkpoints"
-    try:
-        saved = checkpoint.load_latest(path, types=carried_files.TYPES, upgrade=distributed.upgrade,
-                                       check=lambda saved: take_over(run, saved))  # fmt: skip
-    except FileNotFoundError:
-        processes.say(f"{run.folder} holds no checkpoint yet: starting from the beginning")
-        return False
+    saved = checkpoint.load_latest(path, types=carried_files.TYPES, upgrade=distributed.upgrade,
+                                   check=lambda saved: take_over(run, saved))  # fmt: skip
     processes.wait()  # until all have read
     if processes.is_first:
         checkpoint.forget_after(path, saved.step)
     for reason in saved.skipped:
         processes.say(f"passed over a damaged checkpoint: {reason}")
     processes.say(f"going on after step {run.step} of {options.steps}, from {saved.path}")
-    return True
 
 
 def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Everything that `save` wrote. A ValueError says why that cannot be; the checkpoint before may then be taken."""
     try:
-        check_options(run, saved)
+        runs.check_options(run.options, run.folder, run.model, run.batches.state_dict(), saved)
         processes, metadata, tensors = run.processes, saved.metadata, saved.tensors
         distributed.load_full_state(run.model, tensors["model"])
         distributed.load_optimizer_state(dict(run.model.named_parameters()), run.optimizer, tensors["optimizer"])
@@ -525,25 +477,6 @@ def take_over(run: Run, saved: checkpoint.Checkpoint) -> None:
         raise ValueError(f"it is not as train.py writes it: {type(error).__name__}: {text}") from error
 
 
-def check_options(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """The options that a run cannot change when it goes on."""
-    options, stream, metadata = run.options, run.batches.state_dict(), saved.metadata
-    if other := differences(Config.from_dict(metadata["model_config"]), run.model.config):
-        raise ValueError(f"its model has other sizes or options than those given now: {other}; to begin a new run with "
-                         f"its weights: --init {run.folder} --out NEW")  # fmt: skip
-    own = {"batch": options.batch, "segment": options.segment, "seed": options.seed, "optimizer": options.optimizer}
-    for name, now in own.items():
-        then = metadata["optimizer"] if name == "optimizer" else metadata["stream"][name]
-        if then != now:
-            raise ValueError(f"--{name} {now}: the run in {run.folder} has {then}")
-    if metadata["stream"]["corpus"] != stream["corpus"]:
-        raise ValueError(f"--data {options.data}: the run in {run.folder} reads another text, or its files have "
-                         f"changed since; to train its weights on this one: --init {run.folder} --out NEW")  # fmt: skip
-    then, dtype = saved.tensors["model"]["token_emb.weight"].dtype, run.model.token_emb.weight.dtype
-    if then != dtype:
-        raise ValueError(f"--precision {options.precision} keeps weights in {dtype}, the run in {run.folder} in {then}")
-
-
 # ------------------------------------------------------------------------------------------------------- 5 the run
 
 
@@ -551,9 +484,12 @@ def train(options: argparse.Namespace, processes: Processes) -> int:
     """A run from its beginning, or from where it was stopped, to its end; returns the exit status."""
     path = runs.make_folder(options.out, options.preset, options.resume, processes)
     with runs.locked(path, processes):
-        run = build(options, processes, path)
-        if not (options.resume and restore(run)) and options.init:
-            take_weights(run)
+        has_begun = processes.share(options.resume and bool(checkpoint.checkpoints(path / "checkpoints")))
+        run = build(options, processes, path, has_begun=has_begun)
+        if has_begun:
+            restore(run)
+        elif options.resume:
+            processes.say(f"{path} holds no checkpoint yet: starting from the beginning")
         if processes.is_first:
             write_config(run)
             (path / "checkpoints").mkdir(exist_ok=True)
@@ -609,7 +545,9 @@ def resume_command(run: Run) -> str:
 def describe(run: Run) -> None:
     options, processes = run.options, run.processes
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    processes.say(f"model: {parameters:,} parameters; {run.train.total_tokens:,} training tokens, "
+    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    part = "" if trained == parameters else f", of which {trained:,} are trained"
+    processes.say(f"model: {parameters:,} parameters{part}; {run.train.total_tokens:,} training tokens, "
         f"{run.valid.total_tokens:,} for validation; {run.tokens_per_step:,} a step")  # fmt: skip
     parallel = f", {processes.size} processes ({options.parallel})" if processes.size > 1 else ""
     processes.say(f"preset {options.preset}: {options.steps} steps, {options.precision} on {processes.device}"

@@ -39,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, checkpoint, data, report, select_rows
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, data, pretrained, report, select_rows
 from block_recurrent_transformer_pytorch.flags import DEVICES, positive
 
 Floats = NDArray[np.float64]
@@ -103,20 +103,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransformer:
-    checkpoints = folder / "checkpoints"
-    try:
-        if which == "best":
-            saved = checkpoint.load(checkpoint.best(checkpoints), only=["model"])
-        else:
-            saved = checkpoint.load_latest(checkpoints, only=["model"])
-        config = Config.from_dict(saved.metadata["model_config"])
-        model = BlockRecurrentTransformer.from_weights(config, saved.tensors["model"])
-    except FileNotFoundError as error:
-        raise ValueError(f"run {folder}: {error}; --checkpoint last needs no validation loss") from error
-    for reason in saved.skipped:
-        print(f"passed over a damaged checkpoint: {reason}")
+    saved = pretrained.load_checkpoint(folder, which)
+    config = Config.from_dict(saved.metadata["model_config"])
     print(f"{saved.path}, step {saved.step}")
-    return model.to(device)
+    return BlockRecurrentTransformer.from_weights(config, saved.tensors["model"]).to(device)
 
 
 def load_options(folder: Path) -> dict[str, Any]:
@@ -143,11 +133,7 @@ def load_documents(options: argparse.Namespace, trained: dict[str, Any]) -> tupl
     if options.documents:
         source = data.Source(source.documents[: options.documents])
     print(f"{path}, {options.split}: {source.describe()}")
-    return source, data.build_corpus(source, load_tokenizer(trained), trained["cache"])
-
-
-def load_tokenizer(trained: dict[str, Any]) -> data.ByteTokenizer | data.FileTokenizer:
-    return data.FileTokenizer(trained["tokenizer"]) if trained["tokenizer"] else data.ByteTokenizer()
+    return source, data.build_corpus(source, pretrained.load_tokenizer(options.run), trained["cache"])
 
 
 def lay_out(corpus: data.Corpus, width: int) -> Layout:
@@ -421,7 +407,7 @@ def evaluate(options: argparse.Namespace) -> None:
     trained = load_options(folder)
     model = load_model(folder, options.checkpoint, options.device)
     source, corpus = load_documents(options, trained)
-    if corpus.num_tokens != model.config.num_tokens:
+    if corpus.num_tokens > model.config.num_tokens:  # a model may have more ids than its tokenizer
         raise ValueError(f"--data gives {corpus.num_tokens} kinds of tokens, the model has {model.config.num_tokens}")
     layout = lay_out(corpus, model.config.block_width)
     rows = min(options.rows, corpus.num_documents)
@@ -446,7 +432,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"{start:>10,}  {count:>12,}  " + "  ".join(f"{value:12.4f}" for value in values))
     print(f"\n{table}\n")
     if options.report:
-        text = report.spell(source.documents, load_tokenizer(trained), corpus, looked_at)
+        text = report.spell(source.documents, pretrained.load_tokenizer(options.run), corpus, looked_at)
         write_report(out / "report.html", f"{folder.name}, {options.split}", model, text, losses, positions, note)
     print(f"written to {out}")
 

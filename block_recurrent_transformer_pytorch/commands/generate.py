@@ -3,6 +3,7 @@
     python generate.py runs/mine --prompt "def main("
     python generate.py runs/mine --file book.txt --memory book.safetensors --prompt "Who is Ishmael?"   # read once
     python generate.py runs/mine --memory book.safetensors                                              # ask on
+    python generate.py SmolLM2-135M --block 512 --xl-blocks 3 --file book.txt --prompt "The moral is"   # a Llama
 
 Without --prompt, each line of the standard input is one. All that is read and written is one stream: the book, the
 first prompt, its continuation, the next prompt, and so on. --memory keeps what the model remembers of it; nothing is
@@ -46,7 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a run of train.py, or one that save_pretrained wrote")
+    add("run", metavar="RUN", help="folder of a run of train.py, one that save_pretrained wrote, or that of a Llama, "
+        "Mistral, Qwen, SmolLM or Phi-3 as transformers writes it")  # fmt: skip
     add("--checkpoint", choices=("best", "last"), default="best", help="which of the run; best: in validation")
     add("--prompt", metavar="TEXT", help="what to go on from; default: each line of the standard input")
     add("--file", metavar="BOOK", help="a text to read first")
@@ -55,6 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=natural, metavar="N", help="of the random choices; default: another one each time")
     add("--device", choices=DEVICES, default=DEVICES[-1], help="what computes")
     add("--threads", type=positive, metavar="N", help="threads on the CPU; default: torch's choice")
+
+    add = parser.add_argument_group("what a Llama sees; other models know it themselves").add_argument
+    add("--block", type=positive, metavar="N", help="tokens of a block; default: 512")
+    add("--xl-blocks", type=natural, metavar="N", help="blocks before the current one that are seen; default: 1")
+    add("--sinks", type=natural, metavar="N", help="first tokens of the stream that stay in sight; default: 4")
 
     add = parser.add_argument_group("how tokens are chosen").add_argument
     add("--temperature", type=float, default=Generation.temperature, metavar="T",
@@ -215,11 +222,22 @@ def prompts(given: str | None) -> Iterator[str]:
         yield line.removesuffix("\n")
 
 
+def load_model(options: argparse.Namespace) -> BlockRecurrentTransformer:
+    names = {"block": "block_width", "xl_blocks": "num_xl_blocks", "sinks": "sink_tokens"}
+    window = {name: value for flag, name in names.items() if (value := getattr(options, flag)) is not None}
+    if pretrained.is_of_transformers(Path(options.run)):
+        window = {"block_width": 512, "num_xl_blocks": 1} | window
+        return BlockRecurrentTransformer.from_llama(options.run, **window).to(options.device)
+    if window:
+        raise ValueError(f"{options.run} is no Llama's folder: its model has a {next(iter(window))} of its own")
+    return BlockRecurrentTransformer.from_pretrained(
+        options.run, checkpoint=options.checkpoint, device=options.device
+    )  # fmt: skip
+
+
 def load(options: argparse.Namespace) -> tuple[Reader, Tokenizer]:
     with naming("RUN"):
-        model = BlockRecurrentTransformer.from_pretrained(
-            options.run, checkpoint=options.checkpoint, device=options.device
-        )
+        model = load_model(options)
         tokenizer = pretrained.load_tokenizer(options.run)
         if tokenizer.num_tokens > model.config.num_tokens:
             raise ValueError(
