@@ -25,9 +25,14 @@ setup(
         "test": [*train, "pytest>=8", "hypothesis>=6.100"],
         "transformers": ["transformers>=5.23", "accelerate>=1.10"],
         "lm-eval": ["lm_eval>=0.4.13"],
+        "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
     },
     entry_points={
+        "console_scripts": [
+            f"brt-{name} = block_recurrent_transformer_pytorch.commands.{name}:main"
+            for name in ("train", "evaluate", "generate")
+        ],
         "lm_eval.models": ["block-recurrent = block_recurrent_transformer_pytorch.adapters.lm_eval:BlockRecurrentLM"],
     },
     classifiers=[
