@@ -271,7 +271,7 @@ def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None)
     return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
-def load_tokenizer(path: StrPath) -> data.Tokenizer:
+def load_tokenizer(path: StrPath) -> data.ByteTokenizer | data.FileTokenizer:
     """The tokenizer of a saved model, of a run, or of a folder of the transformers library.
 
     Raises:

@@ -9,7 +9,6 @@ import base64
 import json
 import math
 import re
-import sys
 import zlib
 from pathlib import Path
 
@@ -20,12 +19,9 @@ from oracle import assert_same
 from strategies import random_model
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, data, report
+from block_recurrent_transformer_pytorch.commands import evaluate
 from block_recurrent_transformer_pytorch.inspecting import inspecting
 from block_recurrent_transformer_pytorch.scoring import score
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import evaluate
 
 SIZES = {
     "num_tokens": 256, "dim": 8, "depth": 3, "dim_head": 4, "heads": 2, "ff_dim": 6, "block_width": 4, "max_seq_len": 8,
