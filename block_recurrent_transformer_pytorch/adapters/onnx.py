@@ -260,7 +260,7 @@ def export_onnx(
 ) -> None:
     """Writes both graphs and what a host needs for them; see the head of this module.
 
-    Numbers are those of the model in eval mode, to about 1e-5 of the largest logit.
+    Logits are those of the model in eval mode, to 2e-5 of the largest one.
 
     Args:
         model: in float32 on the CPU; it is not changed.
