@@ -198,8 +198,10 @@ class Near(NamedTuple):
     def mix(self, p: Tensor) -> Tensor:
         """Values with weights p (b, g, h / g, t, w, j), (b, g, h / g, t, w, e)."""
         b, g, r, t, w, _ = p.shape
-        out = p.to(self.v.dtype).transpose(2, 3).reshape(b, g, t, r * w, -1) @ self.v
-        return out.view(b, g, t, r, w, -1).transpose(2, 3)
+        p = p.to(self.v.dtype).transpose(2, 3).reshape(b, g, t, r * w, -1)
+        if torch.compiler.is_compiling():
+            p = p.contiguous()  # the product would ask for strides that depend on a symbolic w
+        return (p @ self.v).view(b, g, t, r, w, -1).transpose(2, 3)
 
 
 class Reading(NamedTuple):
@@ -581,13 +583,17 @@ class Router(nn.Module):
         g, p, c = value.k.shape[1:4]
         seen = p * c if everything else self.num_chosen * c
         numbers = g * p * (self.num_summaries + 3) + 2 * h * (window + seen) + (0 if everything else 2 * g * seen * e)
-        tokens = max(1, BYTES_AT_ONCE // (b * numbers * 4))
+        size = b * numbers * 4  # of one token
+        if not isinstance(size, int):  # symbolic, in torch.export
+            return t, w
+        tokens = max(1, BYTES_AT_ONCE // size)
         return max(1, min(t, tokens // w)), min(w, tokens)
 
     def check_reading(self, value: Store, seen: Tensor, queries: tuple[Tensor, ...], window: Pair) -> None:
         b, g, _, _, e = value.k.shape
         q, shapes = queries[0], [tuple(x.shape) for x in (*queries, *window)]
-        if q.ndim != 5 or (q.shape[0], q.shape[4]) != (b, e) or q.shape[1] % g or len(set(shapes[:3])) > 1:
+        is_like = q.ndim == 5 and (q.shape[0], q.shape[4]) == (b, e) and q.shape[1] % g == 0
+        if not is_like or any(shape != shapes[0] for shape in shapes[1:3]):
             raise ValueError(f"q, far_q, router_q must be ({b}, a multiple of {g}, t, w, {e}), not {shapes[:3]}")
         t, j = q.shape[2], window[0].shape[-2]
         if any(shape != (b, g, t, j, e) for shape in shapes[3:]):
@@ -687,11 +693,13 @@ def distillation_loss(scores: Tensor, mass: Tensor, temperature: float = 1.0) ->
 def write(old: Tensor, new: Tensor, slots: Tensor, in_place: bool) -> Tensor:
     """`old` (b, g, p, ...) with `new` (b, g, n, ...) in the `slots` (b, n)."""
     target = old if in_place else old.clone()
-    target[torch.arange(len(slots), device=slots.device)[:, None], :, slots] = new.transpose(1, 2)
+    target[torch.arange(slots.shape[0], device=slots.device)[:, None], :, slots] = new.transpose(1, 2)
     return target
 
 
 def slices(length: int, size: int) -> list[slice]:
+    if length == size:  # both may be symbolic
+        return [slice(0, length)]
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 

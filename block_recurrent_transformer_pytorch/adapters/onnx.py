@@ -247,11 +247,6 @@ def check_exportable(model: BlockRecurrentTransformer) -> None:
         )
     if model.config.block_width == 1:
         raise ValueError("block_width=1 cannot be exported: the graph of one token takes tokens that complete no block")
-    if "routed" in model.config.extra_memories:
-        raise ValueError(
-            "extra_memories={'routed': ...} cannot be exported: how many queries it takes at a time depends on the "
-            "batch and the length, which are free in a graph"
-        )
 
 
 @torch.no_grad()
@@ -260,7 +255,7 @@ def export_onnx(
 ) -> None:
     """Writes both graphs and what a host needs for them; see the head of this module.
 
-    Numbers are those of the model in eval mode, to about 1e-5 of the largest logit.
+    Logits are those of the model in eval mode, to 2e-5 of the largest one.
 
     Args:
         model: in float32 on the CPU; it is not changed.
@@ -268,9 +263,8 @@ def export_onnx(
         tokenizer: a `data.ByteTokenizer` or `data.FileTokenizer`, to be kept beside the graphs.
 
     Raises:
-        ValueError: a model that cannot be exported (another type or device, block_width=1, a routed memory, a gate or
-            memory of your own that is not made of operations on tensors), a folder that is not empty, or a tokenizer
-            that cannot be kept.
+        ValueError: a model that cannot be exported (another type or device, block_width=1, a gate or memory of your own
+            that is not made of operations on tensors), a folder that is not empty, or a tokenizer that cannot be kept.
         OSError: it cannot be written.
     """
     check_exportable(model)

@@ -62,6 +62,7 @@ TRACED: dict[str, dict[str, Any]] = {
         "depth": 2, "recurrent_layers": (2,), "read_recurrent_layers": (1,), "positions": "dynamic", "num_xl_blocks": 2,
         "state_reads_memory": True, "norm": "rms", "qk_norm": "rms",
     },
+    "routed": {"extra_memories": {"routed": {"capacity": 8, "chunk_size": 2, "num_chosen": 2, "key_shift": True}}},
     "no states": {"recurrent_layers": (), "num_xl_blocks": 0, "qk_norm": "none"},
 }  # fmt: skip
 
@@ -281,10 +282,8 @@ class LooksGate(Gate):
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
-    routed = {"routed": {"capacity": 8, "chunk_size": 2, "num_chosen": 2}}
     for model, named in (
         (make().double(), "float64"), (make(block_width=1), "block_width=1"), (make(gate="looks"), "gate='looks'"),
-        (make(extra_memories=routed), "extra_memories={'routed'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=named):
             adapter.export_onnx(model, tmp_path / "new")
