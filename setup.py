@@ -27,9 +27,14 @@ setup(
         "lm-eval": ["lm_eval>=0.4.13"],
         "peft": ["peft>=0.21"],
         "quantization": ["torchao>=0.18"],
+        "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
     },
     entry_points={
+        "console_scripts": [
+            f"brt-{name} = block_recurrent_transformer_pytorch.commands.{name}:main"
+            for name in ("train", "evaluate", "generate")
+        ],
         "lm_eval.models": ["block-recurrent = block_recurrent_transformer_pytorch.adapters.lm_eval:BlockRecurrentLM"],
     },
     classifiers=[

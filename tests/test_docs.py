@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, config, paper
+from block_recurrent_transformer_pytorch.commands import evaluate, generate, train
 from block_recurrent_transformer_pytorch.flags import model_config
 from block_recurrent_transformer_pytorch.llama import to_llama
 
@@ -107,7 +108,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "book.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 200)
     flags = f"--preset tiny --steps 2 --sample 0 --device cpu --cache {folder / 'cache'}".split()
-    assert load(ROOT / "train.py").main([*flags, "--data", str(folder / "book.txt"), "--out", str(folder / "run")]) == 0
+    assert train.main([*flags, "--data", str(folder / "book.txt"), "--out", str(folder / "run")]) == 0
     return folder
 
 
@@ -152,20 +153,19 @@ def test_commands_of_generate_run(command, workplace, monkeypatch, capsys):
     """The prompts of one without --prompt are the lines of the standard input."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("And who is Ahab?\n"))
     flags = shlex.split(command)[2:]
-    assert load(ROOT / "generate.py").main([*flags, "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert generate.main([*flags, "--max-new-tokens", "4", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.strip()
     assert Path("book.safetensors").exists() == ("--memory" in flags)
 
 
 @pytest.mark.parametrize("command", commands("evaluate.py"))
 def test_commands_of_evaluate_parse(command):
-    load(ROOT / "evaluate.py").make_parser().parse_args(shlex.split(command)[2:])
+    evaluate.make_parser().parse_args(shlex.split(command)[2:])
 
 
 @pytest.mark.parametrize("command", commands("train.py"))
 def test_commands_of_the_trainer_parse(command, workplace, monkeypatch):
     """And the batch can be divided among the processes and parts."""
-    train = load(ROOT / "train.py")
     words = shlex.split(command)
     launcher, flags = words[: words.index("train.py")], words[words.index("train.py") + 1 :]
     processes = 1

@@ -16,12 +16,10 @@ from hypothesis import strategies as st
 from strategies import random_model
 
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, carried_files
+from block_recurrent_transformer_pytorch.commands import generate
 from block_recurrent_transformer_pytorch.data import ByteTokenizer, FileTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import generate  # noqa: E402
 
 OPTIONS = {
     "num_tokens": 256, "dim": 8, "depth": 2, "dim_head": 4, "heads": 2, "ff_dim": 6, "max_seq_len": 8,

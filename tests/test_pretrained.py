@@ -309,11 +309,9 @@ def test_the_best_and_the_last_checkpoint_of_a_run(run):
     assert isinstance(pretrained.load_tokenizer(run), ByteTokenizer)
 
 
-def test_a_run_of_train(tmp_path, monkeypatch):
+def test_a_run_of_train(tmp_path):
     """Its model, as evaluate.py loads it, and its tokenizer."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    import evaluate
-    import train
+    from block_recurrent_transformer_pytorch.commands import evaluate, train
 
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
     flags = [

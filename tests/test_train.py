@@ -25,9 +25,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import evaluate  # noqa: E402
-import train  # noqa: E402
 from block_recurrent_transformer_pytorch import Config, checkpoint, forget_rows  # noqa: E402
+from block_recurrent_transformer_pytorch.commands import evaluate, train  # noqa: E402
 from block_recurrent_transformer_pytorch.flags import PRESETS, model_config  # noqa: E402
 from block_recurrent_transformer_pytorch.footprint import footprint  # noqa: E402
 

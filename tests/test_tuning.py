@@ -18,9 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import evaluate  # noqa: E402
-import generate  # noqa: E402
-import train  # noqa: E402
 from block_recurrent_transformer_pytorch import (  # noqa: E402
     BlockRecurrentTransformer,
     Config,
@@ -30,6 +27,7 @@ from block_recurrent_transformer_pytorch import (  # noqa: E402
     losses,
     pretrained,
 )
+from block_recurrent_transformer_pytorch.commands import evaluate, generate, train  # noqa: E402
 from block_recurrent_transformer_pytorch.flags import PRESETS, model_config, parse  # noqa: E402
 from block_recurrent_transformer_pytorch.kernels import unit  # noqa: E402
 from block_recurrent_transformer_pytorch.llama import to_llama  # noqa: E402

@@ -38,7 +38,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config, data, pretrained, select_rows
+from block_recurrent_transformer_pytorch import (
+    BlockRecurrentTransformer,
+    Config,
+    Memories,
+    States,
+    data,
+    pretrained,
+    select_rows,
+)
 from block_recurrent_transformer_pytorch.flags import DEVICES, positive
 
 Floats = NDArray[np.float64]
@@ -97,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def load_model(folder: Path, which: str, device: str) -> BlockRecurrentTransformer:
+def load_model(folder: Path, which: pretrained.Which, device: str) -> BlockRecurrentTransformer:
     saved = pretrained.load_checkpoint(folder, which)
     config = Config.from_dict(saved.metadata["model_config"])
     print(f"{saved.path}, step {saved.step}")
@@ -109,7 +117,7 @@ def load_options(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"run {folder}: there is no such folder")
     try:
-        trained = json.loads((folder / "config.json").read_bytes())["options"]
+        trained: dict[str, Any] = json.loads((folder / "config.json").read_bytes())["options"]
         later = {"split": "documents", "valid": None, "reset_states_every_block": False}  # than version 1.0.0
         return later | {name: trained[name] for name in ("data", "text_field", "tokenizer", "cache")} | trained
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -204,13 +212,15 @@ def read(
     bar = tqdm(total=corpus.total_tokens, desc=way, unit="token", unit_scale=True, mininterval=pause, disable=quiet)
     with bar:
         for group in side_by_side(make_stretches(model, layout, way), rows, most):
-            memories = states = None
+            memories: Memories | None = None
+            states: States | None = None
             count, start, longest = max(1, most // len(group)) if many else 1, 0, group[0].end - group[0].first
             for start in range(0, longest, count):
                 alive = [one for one in group if one.end - one.first > start]
                 if len(alive) < len(group):
                     rows_left = torch.arange(len(alive))
-                    memories, states = (carried and select_rows(carried, rows_left) for carried in (memories, states))
+                    memories = memories and select_rows(memories, rows_left)
+                    states = states and select_rows(states, rows_left)
                 group = alive
                 part = load(corpus, layout, group, start, min(count, longest - start), width)
                 x = torch.from_numpy(part.tokens).to(model.token_emb.weight.device)

@@ -282,9 +282,9 @@ def replayed(run: Run, part: int, segments: list[Segment], weight: float, is_las
             return run.segments([segment], memories, states, cut=False)
 
     distributed.exchanging(run.model, run.model, is_last)
-    nats, *carried = replay.replay_segments(step, segments, len(segments), run.carried[part],
-                                            device=run.processes.device, scale=weight)  # fmt: skip
-    run.carried[part] = (carried[0], carried[1])
+    nats, memories, states = replay.replay_segments(step, segments, len(segments), run.carried[part],
+                                                    device=run.processes.device, scale=weight)  # fmt: skip
+    run.carried[part] = (memories, states)
     if is_last and isinstance(run.loss, DistributedDataParallel):
         distributed.average_gradients(run.model.parameters(), run.processes)
     return nats.double()
@@ -538,8 +538,14 @@ def loop(run: Run, log: Log) -> bool:
 
 
 def resume_command(run: Run) -> str:
-    start = f"torchrun --nproc-per-node {run.processes.size} " if run.processes.size > 1 else "python "
-    return f"{start}{Path(sys.argv[0]).name} --resume {shlex.quote(str(run.folder))}"
+    """As it was started: by the file train.py, or by the command that is installed."""
+    script, module = Path(sys.argv[0]).name, "-m block_recurrent_transformer_pytorch.commands.train"
+    is_file = script.endswith(".py")
+    if run.processes.size > 1:
+        start = f"torchrun --nproc-per-node {run.processes.size} {script if is_file else module}"
+    else:
+        start = f"python {script}" if is_file else script
+    return f"{start} --resume {shlex.quote(str(run.folder))}"
 
 
 def describe(run: Run) -> None:

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import evaluate  # noqa: E402
-import generate  # noqa: E402
-import train  # noqa: E402
 from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, checkpoint, detach, lora  # noqa: E402
+from block_recurrent_transformer_pytorch.commands import evaluate, generate, train  # noqa: E402
 
 peft = pytest.importorskip("peft", reason="needs peft (pip install peft)")
 pytestmark = pytest.mark.slow

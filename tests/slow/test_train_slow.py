@@ -26,8 +26,8 @@ import torch.distributed.fsdp
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
 from block_recurrent_transformer_pytorch import checkpoint, pretrained  # noqa: E402
+from block_recurrent_transformer_pytorch.commands import train  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

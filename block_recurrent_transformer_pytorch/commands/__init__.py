@@ -1,0 +1,1 @@
+"""The programs train, evaluate and generate. Nothing in the package imports them."""
