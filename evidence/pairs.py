@@ -184,7 +184,7 @@ def train(arm: Arm, seed: int, batch: int = 4, rate: float = 3e-3) -> tuple[Bloc
 @torch.no_grad()
 def recalled(arm: Arm, weights: dict[str, Tensor], part: int, seed: int) -> list[dict[str, int]]:
     """One stream: how many of its 128 pairs are known at each distance from the end of the writing."""
-    model = make(arm, WRITTEN + max(arm.distances))
+    model = make(arm, WRITTEN + max(arm.distances) + LEAD + 3 * NUM_PAIRS)  # nothing falls out while it is asked
     model.load_state_dict(weights)
     model.eval()
     draw = torch.Generator().manual_seed(10**6 * (1 + part) + seed)

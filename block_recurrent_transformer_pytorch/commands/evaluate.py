@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def load_model(folder: Path, which: Literal["best", "last"], device: str) -> BlockRecurrentTransformer:
+def load_model(folder: Path, which: pretrained.Which, device: str) -> BlockRecurrentTransformer:
     saved = pretrained.load_checkpoint(folder, which)
     config = Config.from_dict(saved.metadata["model_config"])
     print(f"{saved.path}, step {saved.step}")
