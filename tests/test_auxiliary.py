@@ -172,7 +172,8 @@ def test_compressors_learn_in_segments_in_which_nothing_compressed_is_read() -> 
         warnings.simplefilter("error")
         taught = RecurrentTrainWrapper(model, auxiliary_losses={"reconstruction": 1.0})
     weight = model.layer(1).compressor.conv.weight
-    assert torch.autograd.grad(plain(tokens), weight, allow_unused=True)[0] is None
+    grad = torch.autograd.grad(plain(tokens), weight, allow_unused=True)[0]
+    assert grad is None or not grad.any()
     assert torch.autograd.grad(taught(tokens), weight)[0].abs().sum() > 0
     with pytest.warns(UserWarning, match="compressors in a first segment .nothing is about to leave"):
         RecurrentTrainWrapper(model, seq_len=4, auxiliary_losses={"reconstruction": 1.0})
@@ -183,7 +184,7 @@ def test_poolings_have_nothing_to_learn() -> None:
         model = model_of(compressed_mem_pooling=pooling)
         assert model.auxiliary_losses == () and not [n for n, _ in model.named_parameters() if ".compressor." in n]
         assert "compressors" not in RecurrentTrainWrapper(model).untrained()
-        with pytest.raises(ValueError, match=r"auxiliary=\['reconstruction'\]: this model has the auxiliary losses \[\]"):
+        with pytest.raises(ValueError, match=r"auxiliary=\['reconstruction'\]: this model has .* losses \[\]"):
             loss_of(model, random_stream(1, 9), "reconstruction")
 
 
@@ -196,7 +197,7 @@ def test_open_gates_is_the_mean_share_that_gates_write(kind: str) -> None:
     with inspecting(model) as seen:
         found = loss_of(model, tokens, "open_gates")
     cell = model.cells[0]
-    assert_same(found, torch.cat([x.expand(*x.shape[:-1], x.shape[-1]).flatten() for x in seen[cell].write]).mean())
+    assert_same(found, torch.cat([share.flatten() for share in seen[cell].write]).mean())
     assert 0 < found < 1
 
 
