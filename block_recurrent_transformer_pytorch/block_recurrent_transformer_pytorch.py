@@ -430,9 +430,13 @@ class Attention(nn.Module):
         """Stored keys as the queries of this attention meet them, before they are turned by their positions."""
         return k
 
+    def without_gain(self, k: Tensor) -> Tensor:
+        """Stored keys as `state_queries` meet them: `ready` but for its parameters, which go to the queries."""
+        return k
+
     def stored_state(self, k: Tensor) -> Tensor:
         """Keys of states, for all the attentions that will read them."""
-        return self.stored(k)
+        return self.without_gain(self.stored(k))
 
     def queries(self, q: Tensor) -> Tensor:
         """Queries (b, h, n, e) to ready keys."""
@@ -475,7 +479,7 @@ class ChannelNormAttention(Attention):
     def ready(self, k: Tensor) -> Tensor:
         return self.normalised(k, self.k_scale)
 
-    def stored_state(self, k: Tensor) -> Tensor:
+    def without_gain(self, k: Tensor) -> Tensor:
         return self.normalised(k)
 
     def queries(self, q: Tensor) -> Tensor:
@@ -663,8 +667,15 @@ class XLMemory(MemoryKind):
         check_kv(name, memory, (batch, self.kv_heads, self.width, self.dim_head), like)
 
 
+POOLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": F.avg_pool1d, "max": F.max_pool1d}
+
+
 class CompressedMemory(MemoryKind):
-    """Entries that each stand for `factor` tokens which left the XL memory: strided convolutions (Rae et al. 2019)."""
+    """Entries that each stand for `factor` tokens which left the XL memory (Rae et al. 2019).
+
+    They are made by strided convolutions of keys and of values, or are means or maxima of each channel. Keys are those
+    stored, not turned by their positions: an entry is met as if it were one token of the place where it stands.
+    """
 
     name = "compressed"
 
@@ -672,14 +683,18 @@ class CompressedMemory(MemoryKind):
         super().__init__(config, layer)
         self.width, self.factor = config.compressed_width(layer), config.compressed_mem_factor
         self.per_block = config.block_width // self.factor
-        channels = 2 * config.kv_heads * config.dim_head
-        self.conv = nn.Conv1d(channels, channels, self.factor, stride=self.factor, groups=2)
+        self.pool = POOLINGS.get(config.compressed_mem_pooling)
+        if self.pool is None:
+            channels = 2 * config.kv_heads * config.dim_head
+            self.conv = nn.Conv1d(channels, channels, self.factor, stride=self.factor, groups=2)
+            self.losses = ("reconstruction",)
 
     def compress(self, evicted: KV, t: int) -> KV:
         """(b, g, t w, e) -> (b, g, t (w // factor), e); the oldest w mod factor tokens of a block are passed over."""
         g = self.kv_heads
         both = torch.cat([rearrange(x, "b g (t w) e -> (b t) (g e) w", t=t) for x in evicted], dim=1)
-        k, v = self.conv(both[:, :, self.block_width % self.factor :]).chunk(2, dim=1)
+        whole = both[:, :, self.block_width % self.factor :]
+        k, v = (self.conv(whole) if self.pool is None else self.pool(whole, self.factor)).chunk(2, dim=1)
         return KV(*(rearrange(x, "(b t) (g e) w -> b g (t w) e", t=t, g=g) for x in (k, v)))
 
     def append(self, memory: KV, blocks: KV, span: Span) -> Appended:
@@ -871,9 +886,11 @@ class Gate(nn.Module):
 
     Attributes:
         is_noisy: whether `forward` takes `use_noise`, and draws random numbers where there is dropout.
+        is_decided: whether what it decides depends on what it is given, so that a loss may ask for it to be closed.
     """
 
     is_noisy = False
+    is_decided = True
 
     def __init__(self, dim: int, dim_source: int) -> None:
         super().__init__()
@@ -903,6 +920,7 @@ class FixedGate(Gate):
     """keep = sigmoid(b), write = 1 - keep: a learned share for each channel, whatever is read."""
 
     _no_weight_decay = ("keep",)
+    is_decided = False
 
     def __init__(self, dim: int, dim_source: int) -> None:
         super().__init__(dim, dim_source)
@@ -984,6 +1002,18 @@ def make_gate(config: Config, dim_source: int, dim: int | None = None) -> Gate:
 # --------------------------------------------------------------------------------------------------- 6 recurrent cell
 
 
+class Updated(NamedTuple):
+    state: Tensor  # (b, s, d)
+    opened: Tensor | None = None  # the mean share that the gates write, (b,); None: nobody asked
+
+
+def opened(shares: Shares, state: Tensor, mode: Mode) -> Tensor | None:
+    """The mean share that a gate writes to the states of each row, (b,), if the loss `open_gates` is asked for."""
+    if "open_gates" not in mode.auxiliary:
+        return None
+    return shares.write.expand_as(state).flatten(1).mean(1)
+
+
 class SkipUpdate(nn.Module):
     """gate(S, C Wo): one gate, no feed-forward (the paper's best)."""
 
@@ -992,8 +1022,9 @@ class SkipUpdate(nn.Module):
         self.to_candidate = nn.Linear(dim_attended, config.dim, bias=config.candidate_bias)
         self.gate = make_gate(config, dim_attended)
 
-    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Tensor:
-        return mixed(state, self.to_candidate(attended), self.gate.shares(attended, state, mode))
+    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Updated:
+        shares = self.gate.shares(attended, state, mode)
+        return Updated(mixed(state, self.to_candidate(attended), shares), opened(shares, state, mode))
 
 
 class DualUpdate(nn.Module):
@@ -1007,10 +1038,13 @@ class DualUpdate(nn.Module):
         self.to_candidate = nn.Linear(config.ff_dim, config.dim, bias=config.candidate_bias)
         self.gate = make_gate(config, config.ff_dim)
 
-    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Tensor:
-        state = self.attention(state, attended, mode)
+    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Updated:
+        state, first = self.attention(state, attended, mode)
         hidden = self.hidden(self.norm(state.to(attended.dtype)))
-        return mixed(state, self.to_candidate(hidden), self.gate.shares(hidden, state, mode))
+        shares = self.gate.shares(hidden, state, mode)
+        second = opened(shares, state, mode)
+        both = None if first is None or second is None else (first + second) / 2
+        return Updated(mixed(state, self.to_candidate(hidden), shares), both)
 
 
 class SingleUpdate(nn.Module):
@@ -1022,9 +1056,10 @@ class SingleUpdate(nn.Module):
         self.to_candidate = nn.Linear(config.ff_dim, config.dim, bias=config.candidate_bias)
         self.gate = make_gate(config, config.ff_dim)
 
-    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Tensor:
+    def forward(self, state: Tensor, attended: Tensor, mode: Mode) -> Updated:
         hidden = self.hidden(attended)
-        return mixed(state, self.to_candidate(hidden).tanh(), self.gate.shares(hidden, state, mode))
+        shares = self.gate.shares(hidden, state, mode)
+        return Updated(mixed(state, self.to_candidate(hidden).tanh(), shares), opened(shares, state, mode))
 
 
 UPDATES = {"skip": SkipUpdate, "dual": DualUpdate, "single": SingleUpdate}
@@ -1047,7 +1082,9 @@ class RecurrentCell(nn.Module):
         self.self_norm = ATTENTIONS[config.qk_norm](config)
         self.cross_norm = ATTENTIONS[config.qk_norm](config)
         self.update = UPDATES[config.state_update](config, 2 * inner)
-        self.is_noisy = any(isinstance(part, Gate) and part.is_noisy for part in self.update.modules())
+        gates = [part for part in self.update.modules() if isinstance(part, Gate)]
+        self.is_noisy = any(gate.is_noisy for gate in gates)
+        self.losses = ("open_gates",) if any(gate.is_decided for gate in gates) else ()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -1084,7 +1121,7 @@ class RecurrentCell(nn.Module):
     def write(
         self, state: Tensor, source: Tensor, state_k: Tensor, state_v: Tensor, k: Tensor, v: Tensor,
         mask: Tensor | None, mode: Mode,
-    ) -> Tensor:  # fmt: skip
+    ) -> Updated:  # fmt: skip
         """The state after a block whose ready keys and values are k, v (b, g, j, e).
 
         source: the identified state; state_k, state_v: its keys and values.
@@ -1092,10 +1129,12 @@ class RecurrentCell(nn.Module):
         to_self, to_tokens = split_heads(self.to_q(source), 1, 2 * self.heads).chunk(2, dim=1)
         own = self.self_norm(self.self_norm.state_queries(to_self), state_k, state_v)
         others = self.cross_norm(self.cross_norm.queries(to_tokens), k, v, mask=mask)
-        new: Tensor = self.update(state, torch.cat((join_heads(own, 1), join_heads(others, 1)), dim=-1), mode)
+        new: Updated = self.update(state, torch.cat((join_heads(own, 1), join_heads(others, 1)), dim=-1), mode)
         return new
 
-    def forward(self, state: Tensor, kv: KV, tokens: KV, mask: Tensor | None, mode: Mode) -> tuple[KV, Tensor]:
+    def forward(
+        self, state: Tensor, kv: KV, tokens: KV, mask: Tensor | None, mode: Mode
+    ) -> tuple[KV, Tensor, Tensor | None]:
         """Goes through t complete blocks.
 
         Args:
@@ -1105,17 +1144,20 @@ class RecurrentCell(nn.Module):
             mode: of the call.
 
         Returns:
-            Keys and values of the state as of the start of each block, (b, t, g, s, e), and the state after the last.
+            Keys and values of the state as of the start of each block, (b, t, g, s, e), the state after the last, and
+            the mean share that the gates write in each block, (b, t), if the loss `open_gates` is asked for.
         """
-        kvs, source = [kv], self.identified(state)
+        kvs, source, shares = [kv], self.identified(state), []
         blocks = list(zip(self.cross_norm.ready(tokens.k).unbind(1), tokens.v.unbind(1)))
         write, draws = partial(self.write, mode=mode), mode.use_dropout and self.is_noisy
         for k, v in blocks:
-            state = mode.recomputed(write, state, source, *kvs[-1], k, v, mask, draws=draws)
+            state, share = mode.recomputed(write, state, source, *kvs[-1], k, v, mask, draws=draws)
+            shares.append(share)
             if len(kvs) < len(blocks):
                 source = self.identified(state)
                 kvs.append(self.kv_of(source))
-        return KV(*(torch.stack(x, dim=1) for x in zip(*kvs))), state
+        written = None if shares[0] is None else torch.stack(shares, dim=1)
+        return KV(*(torch.stack(x, dim=1) for x in zip(*kvs))), state, written
 
 
 def as_queries(to_kv: Tensor, kv_heads: int, heads: int) -> Tensor:
@@ -1214,7 +1256,9 @@ class TransformerBlock(nn.Module):
 
     @property
     def auxiliary_losses(self) -> set[str]:
-        return {name for kind in self.kinds for name in kind.losses}
+        """Names of the auxiliary losses that this layer has."""
+        parts = [*self.kinds, *(() if self.cell is None else (self.cell,))]
+        return {name for part in parts for name in part.losses}
 
     def empty_memory(self, batch: int, like: Tensor) -> LayerMemory:
         past = {kind.name: kind.empty(batch, like) for kind in self.kinds}
@@ -1252,18 +1296,22 @@ class TransformerBlock(nn.Module):
         projected = mode.recomputed(partial(self.project, mode=mode), x, draws=draws)
         q, *to_read, kv = torch.split(projected, self.widths, dim=-1)
         k, v = split_heads(kv, 1, 2 * self.kv_heads).chunk(2, dim=1)
-        taken = self.remember(memory, KV(self.heads_norm.stored(k), v), span, visibility)
-        own_kv = None
+        k = self.heads_norm.stored(k)
+        taken = self.remember(memory, KV(k, v), span, visibility)
+        own_kv, losses = None, dict[str, Tensor]()
         if self.cell is not None and state is not None and state_kv is not None:
-            own_kv, state = self.updated(self.cell, state, state_kv, taken.for_states, span, mode)
+            own_kv, state, losses = self.updated(self.cell, state, state_kv, taken.for_states, span, mode)
             if self.is_own_read:
                 reads = (own_kv, *reads)
+        if self.compressor is not None and "reconstruction" in mode.auxiliary and self.compressor.losses:
+            oldest = self.oldest_blocks(memory.past[self.xl.name], KV(k, v), span)
+            losses["reconstruction"] = self.reconstruction(self.compressor, q, oldest, span)
         memory = taken.memory
-        losses: dict[str, Tensor] = {}
         if self.routed is None:
             own = self.self_attention(q, taken.keys, visibility, t, mode)
         else:
-            own, store, losses = self.routed_attention(self.routed, q, taken, span, visibility, mode)
+            own, store, found_losses = self.routed_attention(self.routed, q, taken, span, visibility, mode)
+            losses |= found_losses
             memory = memory._replace(past=memory.past | {self.routed.name: store})
         found = [own, *self.read_states(to_read, reads, t)]
         x = x + mode.recomputed(self.combine, *(join_heads(one, t) for one in found))
@@ -1308,6 +1356,41 @@ class TransformerBlock(nn.Module):
             losses["distillation"] = summed(reading.distillation, can_choose, span)
         return rearrange(reading.out, "b h t n e -> (b t) h n e"), store, losses
 
+    def oldest_blocks(self, xl: KV, new: KV, span: Span) -> KV:
+        """The oldest block of a full XL memory as each block of the span finds it, (b, g, t w, e)."""
+        stop = span.num_blocks * self.block_width
+        return KV(*(cat_keys(old, x)[:, :, :stop] for old, x in zip(xl, new)))
+
+    def reconstruction(self, compressor: CompressedMemory, q: Tensor, oldest: KV, span: Span) -> Tensor:
+        """The attention-reconstruction loss (Rae et al. 2019, algorithm 2), (2,): a sum, and of how many.
+
+        Queries are those of every token whose XL memory is full; the keys, those of its oldest block, which is
+        compressed when the block of the token completes. What a head finds there, as it is and compressed, is compared:
+        the squared error, a mean over channels, heads and tokens. A token has both at hand before its block is full, so
+        the loss is the same for every split. As in the paper, attention is by content alone, with queries and keys that
+        are not turned: where an entry stands changes as it ages. Only the compressor gets a gradient.
+
+        Args:
+            q: (b, t n, h e).
+            oldest: stored keys and values (b, g, t w, e).
+        """
+        t, until_full = span.num_blocks, self.xl.blocks_until_full
+        if span.extra_blocks is None and span.full_blocks < until_full:
+            return q.new_zeros(2, dtype=torch.promote_types(q.dtype, torch.float32))
+        oldest = KV(*(x.detach() for x in oldest))
+        queries = self.heads_norm.state_queries(split_heads(q, t, self.heads)).detach()
+
+        def found(kv: KV) -> Tensor:
+            k, v = (rearrange(x, "b g (t j) e -> (b t) g j e", t=t) for x in kv)
+            return at_least_fp32(self.heads_norm(queries, self.heads_norm.without_gain(k), v))
+
+        error = (found(compressor.compress(oldest, t)) - found(oldest)).square().mean(-1)
+        error = rearrange(error, "(b t) h n -> b h t n", t=t)
+        full = torch.ones_like(error, dtype=torch.bool)
+        if span.extra_blocks is not None:
+            full = full & per_row(span.full_blocks + span.extra_blocks >= until_full, error)
+        return summed(error, full, span)
+
     def hidden_keys(self, visibility: Visibility, q: Tensor) -> Tensor | None:
         """What is added to the logits of the window, (1 or b, h or 1, 1, n, j): position biases, -inf if not seen."""
         if self.position_bias is not None:
@@ -1343,13 +1426,16 @@ class TransformerBlock(nn.Module):
 
     def updated(
         self, cell: RecurrentCell | TokenGatedCell, state: Tensor, kv: KV, tokens: KV | None, span: Span, mode: Mode
-    ) -> tuple[KV, Tensor]:
-        """Keys and values of the state as of the start of each block, (b, t, g, s, e), and the state after the span."""
+    ) -> tuple[KV, Tensor, dict[str, Tensor]]:
+        """Keys and values of the state as of the start of each block, (b, t, g, s, e), the state after the span, and
+        auxiliary losses."""
+        is_asked = "open_gates" in mode.auxiliary and bool(cell.losses)
         if tokens is None:
-            return KV(kv.k[:, None], kv.v[:, None]), state
-        kvs, written = cell(state, kv, tokens, self.absent_to_states(span), mode)
+            return KV(kv.k[:, None], kv.v[:, None]), state, {"open_gates": state.new_zeros(2)} if is_asked else {}
+        kvs, written, opened = cell(state, kv, tokens, self.absent_to_states(span), mode)
         rows = span.completes
-        return kvs, written if isinstance(rows, bool) else torch.where(per_row(rows, state), written, state)
+        losses = {} if opened is None else {"open_gates": summed_rows(opened, rows)}
+        return kvs, written if isinstance(rows, bool) else torch.where(per_row(rows, state), written, state), losses
 
     # -- its memory
 
@@ -1449,6 +1535,14 @@ def summed(losses: Tensor, counts: Tensor, span: Span) -> Tensor:
     if span.row_lengths is not None:
         counts = counts & (torch.arange(losses.shape[3], device=losses.device) < per_row(span.row_lengths, losses))
     counts = counts.expand_as(losses)
+    return torch.stack((losses.masked_fill(~counts, 0).sum(), counts.sum().to(losses.dtype)))
+
+
+def summed_rows(losses: Tensor, rows: bool | Tensor) -> Tensor:
+    """The sum of losses (b, t), one a block, over the given rows, (b,) bool or True for all, and how many they are."""
+    if isinstance(rows, bool):
+        return torch.stack((losses.sum(), losses.new_tensor(losses.numel())))
+    counts = rows[:, None].expand_as(losses)
     return torch.stack((losses.masked_fill(~counts, 0).sum(), counts.sum().to(losses.dtype)))
 
 
@@ -2158,8 +2252,14 @@ class RecurrentTrainWrapper(nn.Module):
         parts = []
         if self.detach_segments and config.recurrent_layers and blocks <= 1:
             parts.append("the state updates (what is written is read in the next block)")
-        if self.detach_segments and config.use_compressed_mem and blocks <= config.num_xl_blocks + 1:
-            parts.append("the compressors in a first segment (what leaves the XL memory is read a block later)")
+        taught = "reconstruction" in self.auxiliary_losses  # in the block before one leaves, and not after it
+        untaught = config.num_xl_blocks + (not taught)
+        learn = config.use_compressed_mem and config.compressed_mem_pooling == "conv"
+        if self.detach_segments and learn and blocks <= untaught:
+            parts.append("the compressors in a first segment (" + (
+                "nothing is about to leave the XL memory)" if taught else
+                "what leaves the XL memory is read a block later; the auxiliary loss 'reconstruction' teaches them)"
+            ))  # fmt: skip
         return " and ".join(parts)
 
     def segments(

@@ -27,6 +27,7 @@ MEMORIES: dict[str, Any] = {}  # kinds of memory, by the names in `Config.extra_
 NEWER: dict[str, Any] = {  # options that came after the first fingerprints, which are without them at these values
     "extra_memories": {}, "gate_options": {}, "qkv_bias": False, "rotary_base": 10000.0, "rotary_scaling": {},
     "unrotated_layers": (), "norm_eps": None, "tokens_qk_norm": None, "logit_scale": None,
+    "compressed_mem_pooling": "conv",
 }  # fmt: skip
 
 Class = TypeVar("Class", bound=type)
@@ -91,6 +92,7 @@ class Config:
     xl_layers: Layers = None  # type: ignore[assignment]  # the layers that do; None: all
     use_compressed_mem: bool = False  # a second memory of block_width // 2 entries for what leaves the first
     compressed_mem_factor: int = 4  # tokens in one compressed entry
+    compressed_mem_pooling: Literal["conv", "mean", "max"] = "conv"  # how they become one: learned, or of each channel
     extra_memories: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False)
     # further kinds of memory by registered name, each with its options; "layers" says where, default all
     enhanced_recurrence: bool = False  # a layer remembers what the next layer computed one block earlier (ERNIE-Doc)
@@ -247,6 +249,8 @@ class Config:
             (compressed and (self.num_xl_blocks == 0 or not self.xl_layers),
              "use_compressed_mem=True compresses what leaves the XL memory, and no layer has one: "
              f"num_xl_blocks={self.num_xl_blocks}, xl_layers={self.xl_layers}"),
+            (not compressed and self.compressed_mem_pooling != "conv",
+             f"compressed_mem_pooling={self.compressed_mem_pooling!r} needs use_compressed_mem=True"),
             (compressed and self.compressed_mem_factor > self.block_width,
              f"compressed_mem_factor={self.compressed_mem_factor} is above block_width={self.block_width}"),
             (compressed and self.block_width < 2,

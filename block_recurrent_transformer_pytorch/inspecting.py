@@ -103,7 +103,7 @@ def hooks(layer: Any, record: LayerRecord, attention: bool) -> Iterator[tuple[nn
         if isinstance(part, Gate):
             yield part, lambda module, args, kwargs, out: note_gate(record, out)
         elif isinstance(part, RecurrentCell):
-            yield part.update, lambda module, args, kwargs, out: note_update(record, args[0], out)
+            yield part.update, lambda module, args, kwargs, out: note_update(record, args[0], out.state)
         elif isinstance(part, RoutedMemory):
             yield part.router, lambda module, args, kwargs, out: record.choices.append(out[0].chunks)
     for part in layer.read_norm if attention else ():

@@ -65,6 +65,7 @@ class TokenGatedCell(nn.Module):
     """
 
     _no_weight_decay = ("initial", "ids", "scale")
+    losses = ("open_gates",)  # its gate always depends on the token
 
     def __init__(
         self, *, dim: int, num_states: int, kv_heads: int, dim_head: int, span: int, norm: nn.Module,
@@ -130,7 +131,9 @@ class TokenGatedCell(nn.Module):
         writes = in_sequence(w.to(state.dtype) * address)
         return state * writes.keep[..., None] + writes.shares.transpose(1, 2) @ values.to(state.dtype)
 
-    def forward(self, state: Tensor, kv: KV, tokens: KV, mask: Tensor | None, mode: Any) -> tuple[KV, Tensor]:
+    def forward(
+        self, state: Tensor, kv: KV, tokens: KV, mask: Tensor | None, mode: Any
+    ) -> tuple[KV, Tensor, Tensor | None]:
         """Goes through t complete blocks.
 
         Args:
@@ -141,7 +144,8 @@ class TokenGatedCell(nn.Module):
             mode: of the call.
 
         Returns:
-            Keys and values of the state as of the start of each block, (b, t, g, s, e), and the state after the last.
+            Keys and values of the state as of the start of each block, (b, t, g, s, e), the state after the last, and
+            the mean share of its tokens that a block writes, (b, t), if the loss `open_gates` is asked for.
         """
         keys, features = self.features(tokens)
         gates = cast(Any, self.gate).shares(features, state, mode).write  # (b, t, j, 1)
@@ -152,4 +156,5 @@ class TokenGatedCell(nn.Module):
             state = mode.recomputed(self.write, state, kvs[-1].k, *block)
             if len(kvs) < len(blocks):
                 kvs.append(self.project(state))
-        return KV(*(torch.stack(x, dim=1) for x in zip(*kvs))), state
+        opened = gates.flatten(2).mean(2) if "open_gates" in mode.auxiliary else None
+        return KV(*(torch.stack(x, dim=1) for x in zip(*kvs))), state, opened

@@ -489,6 +489,11 @@ class Oracle:
     def compress(self, layer: int, pairs: list[Pair]) -> list[Pair]:
         """One entry for every `factor` tokens of a block, counted from its end: the oldest that do not fill one go."""
         factor, shape = self.config.compressed_mem_factor, (self.config.kv_heads, self.config.dim_head)
+        pooling = self.config.compressed_mem_pooling
+        if pooling != "conv":
+            groups = [pairs[first : first + factor] for first in range(len(pairs) % factor, len(pairs), factor)]
+            pool = {"mean": sum_by_count, "max": largest}[pooling]
+            return [(pool([k for k, _ in group]), pool([v for _, v in group])) for group in groups]
         name = f"layers.{layer - 1}.compressor.conv"
         weight, bias = self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]
         half = len(bias) // 2
@@ -540,6 +545,21 @@ def remembered(oracle: Oracle) -> dict[str, Tensor]:
             keys, values = stack(oracle.store[layer][-oracle.config.extra_memories["routed"]["capacity"] :])
             found |= {f"layer {layer} store keys": keys, f"layer {layer} store values": values}
     return found | {f"state {cell}": oracle.state[cell] for cell in oracle.cells}
+
+
+def sum_by_count(vectors: list[Tensor]) -> Tensor:
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    return total / len(vectors)
+
+
+def largest(vectors: list[Tensor]) -> Tensor:
+    """The largest number of each channel."""
+    best = vectors[0]
+    for vector in vectors[1:]:
+        best = torch.where(vector > best, vector, best)
+    return best
 
 
 def carried(config: Config, memories: Memories, states: States, row: int = -1) -> dict[str, Tensor]:

@@ -79,6 +79,7 @@ def config_options(draw: st.DrawFn, **forced: object) -> dict:
         "xl_layers": xl_layers,
         "use_compressed_mem": compressed,
         "compressed_mem_factor": draw(st.integers(1, width)),
+        "compressed_mem_pooling": choose("compressed_mem_pooling", "conv", "mean", "max") if compressed else "conv",
         "enhanced_recurrence": enhanced,
         "attention_window": window,
         "extra_memories": memories,

@@ -123,6 +123,7 @@ CONFLICTS: list[tuple[dict[str, Any], tuple[object, ...]]] = [
     ({"empty_memory": "zeros", "use_compressed_mem": True}, ("empty_memory='zeros'", "use_compressed_mem=True")),
     ({"use_compressed_mem": True, "num_xl_blocks": 0}, ("use_compressed_mem=True", "num_xl_blocks=0")),
     ({"use_compressed_mem": True, "xl_layers": ()}, ("use_compressed_mem=True", "xl_layers=()")),
+    ({"compressed_mem_pooling": "max"}, ("compressed_mem_pooling='max'", "use_compressed_mem=True")),
     ({"use_compressed_mem": True, "compressed_mem_factor": 5}, ("compressed_mem_factor=5", "block_width=4")),
     (
         {"use_compressed_mem": True, "block_width": 1, "max_seq_len": 1, "compressed_mem_factor": 1},

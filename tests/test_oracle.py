@@ -95,6 +95,11 @@ CASES: dict[str, dict] = {
     "compressed, factor 2 of 4": {
         "use_compressed_mem": True, "block_width": 4, "max_seq_len": 4, "compressed_mem_factor": 2,
     },
+    "compressed, means": {"use_compressed_mem": True, "compressed_mem_factor": 2, "compressed_mem_pooling": "mean"},
+    "compressed, maxima": {
+        "use_compressed_mem": True, "block_width": 4, "max_seq_len": 4, "compressed_mem_factor": 2,
+        "compressed_mem_pooling": "max", "kv_heads": 2,
+    },
     "compressed, factor 1": {"use_compressed_mem": True, "compressed_mem_factor": 1},
     "compressed, factor does not divide": {"use_compressed_mem": True, "compressed_mem_factor": 2, "kv_heads": 2},
     "compressed, one entry a block for a queue of two": {
@@ -241,6 +246,7 @@ CHANGES: dict[str, tuple[dict, object]] = {
     "xl_layers": ({}, (1, 2)),
     "use_compressed_mem": ({}, True),
     "compressed_mem_factor": ({"use_compressed_mem": True}, 2),
+    "compressed_mem_pooling": ({"use_compressed_mem": True}, "mean"),
     "enhanced_recurrence": ({}, True),
     "attention_window": ({}, "sliding"),
     "empty_memory": ({}, "zeros"),
@@ -320,6 +326,7 @@ VALUES = [
     ("num_xl_blocks", {}, 0),
     ("use_compressed_mem", {"num_xl_blocks": 2}, True),
     ("xl_layers", {"state_reads_memory": True}, (1, 3)),
+    ("compressed_mem_pooling", {"use_compressed_mem": True, "compressed_mem_pooling": "mean"}, "max"),
     ("empty_memory", {"attention_window": "sliding"}, "zeros"),
     ("enhanced_recurrence", {"attention_window": "sliding", "empty_memory": "zeros"}, True),
     ("recurrent_layers", {}, ()),
