@@ -4,9 +4,10 @@ the pages as they are, and furo shows them in light and dark, narrow and wide.""
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from block_recurrent_transformer_pytorch import __version__ as release  # noqa: E402, F401
+ROOT = Path(__file__).resolve().parents[1]
+init = (ROOT / "block_recurrent_transformer_pytorch" / "__init__.py").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT))
+release = next(line.split('"')[1] for line in init.splitlines() if line.startswith("__version__"))
 
 project = "Block-Recurrent Transformer"
 copyright = "the block_recurrent_transformer_pytorch authors, MIT License"
