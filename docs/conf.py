@@ -1,4 +1,4 @@
-"""The documentation site: `make docs`. Sphinx, because it reads docstrings and checks every reference; myst-parser reads
+"""The documentation site, `make docs`. Sphinx, because it reads docstrings and checks references; myst-parser reads
 the pages as they are, and furo shows them in light and dark, narrow and wide."""
 
 import sys

@@ -1,4 +1,4 @@
-"""The documentation site: builds without warnings, its links lead somewhere, and its tutorials run in an empty folder."""
+"""The documentation site: no warnings, links lead somewhere, its tutorials run in an empty folder."""
 
 import re
 import subprocess
