@@ -1,4 +1,4 @@
-.PHONY: check test slow bench
+.PHONY: check test slow bench docs release-check
 
 check:
 	ruff check .
@@ -13,3 +13,9 @@ slow:
 
 bench:
 	python -m benchmarks
+
+docs:
+	python -m sphinx -q -W --keep-going -n -b html docs docs/_build/html
+
+release-check:
+	scripts/check_release.sh
