@@ -92,13 +92,17 @@ def table(name: str, results: list[dict[str, Any]]) -> list[str]:
 
 def missing(results: list[dict[str, Any]]) -> list[str]:
     """Which runs have no result at all, by experiment."""
+    if not results:
+        return []
     done = {(r["setup"]["experiment"], r["setup"]["arm"], r["setup"]["seed"]) for r in results}
-    lines = ["\n## Not measured yet\n"]
+    counts = [len(next(iter(answered(result).values()))) for result in results]
+    lines = ["\n## Not measured yet\n", f"Rows of each run that is there: {min(counts)} to {max(counts)}; `--parts` makes "
+             "them more. No result at all yet have:\n"]  # fmt: skip
     for name, experiment in EXPERIMENTS.items():
         left = {arm: [s for s in experiment.seeds if (name, arm, s) not in done] for arm in experiment.arms}
-        told = [f"`{arm}` (seeds {', '.join(map(str, seeds))})" for arm, seeds in left.items() if seeds]
+        told = [f"`{arm}` of seed {', '.join(map(str, seeds))}" for arm, seeds in left.items() if seeds]
         lines += [f"* {name}: {'; '.join(told)}"] if told else []
-    return lines if len(lines) > 1 else []
+    return lines if len(lines) > 2 else []
 
 
 def capacity(results: list[dict[str, Any]]) -> list[str]:

@@ -217,7 +217,7 @@ def test_the_report_says_what_the_results_say(small: str, tmp_path: Path) -> Non
     assert "| 2.5e-01 / " in row and "| 1.2e-01 / " in row
     (tmp_path / "small.none.seed1.json").unlink()
     command.main(["report", "--results", str(tmp_path), "--docs", str(tmp_path)])
-    assert "* small: `none` (seeds 1)\n" in (tmp_path / "evidence.md").read_text()
+    assert "* small: `none` of seed 1\n" in (tmp_path / "evidence.md").read_text()
     assert (tmp_path / "evidence-distance.png").exists()
 
 
