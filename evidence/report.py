@@ -96,8 +96,8 @@ def missing(results: list[dict[str, Any]]) -> list[str]:
         return []
     done = {(r["setup"]["experiment"], r["setup"]["arm"], r["setup"]["seed"]) for r in results}
     counts = [len(next(iter(answered(result).values()))) for result in results]
-    lines = ["\n## Not measured yet\n", f"Rows of each run that is there: {min(counts)} to {max(counts)}; `--parts` makes "
-             "them more. No result at all yet have:\n"]  # fmt: skip
+    rows = f"Each run above has {min(counts)} to {max(counts)} rows, and more by `--parts`. Without any result:\n"
+    lines = ["\n## Not measured yet\n", rows]
     for name, experiment in EXPERIMENTS.items():
         left = {arm: [s for s in experiment.seeds if (name, arm, s) not in done] for arm in experiment.arms}
         told = [f"`{arm}` of seed {', '.join(map(str, seeds))}" for arm, seeds in left.items() if seeds]
