@@ -20,7 +20,9 @@ tokens, for a fixed number of steps, to answer `GET key` with the value that `SE
 and the stream goes on with filler; at each distance from the end of the writing, every fact is asked for by itself, on
 a copy of the carried values. Accuracy in percent; a guess among the values is right in {100 / NUM_VALUES}. In brackets
 95 % intervals over the rows of all seeds (Wilson, or a bootstrap over rows where a row has several facts), then every
-seed by itself. *Open*: how many of the gate values over the filler were not exactly zero, up to the greatest distance.
+seed by itself. *Open*: how many of the gate values over the filler were not exactly zero, up to the greatest distance
+of that row; *written*: their mean, that is the share that a token of filler writes. Every arm is trained with the same
+recipe, learning rate included. It was chosen with token-gated writes; no control was tuned for itself.
 """
 
 
@@ -42,18 +44,18 @@ def share(right: list[int], each: int) -> float:
     return sum(right) / (len(right) * each)
 
 
-def opened(result: dict[str, Any]) -> float:
-    """The share of gate values over the filler that were not zero."""
+def over_filler(result: dict[str, Any], what: str) -> float:
+    """`open_share` (of gate values over the filler, those that were not zero) or `mean_write` (their mean)."""
     last = [part[-1] for part in result["parts"] if part]
     weights = [found["distance"] for found in last]
-    return sum(found["open_share"] * weight for found, weight in zip(last, weights)) / sum(weights)
+    return sum(float(found[what]) * weight for found, weight in zip(last, weights)) / sum(weights)
 
 
 def line(result: dict[str, Any]) -> str:
     """One run, for the terminal."""
     each = result["setup"]["task"]["facts"]
     shares = " ".join(f"{distance:,}: {100 * share(right, each):.2f}" for distance, right in answered(result).items())
-    return f"{shares}   open {opened(result):.1e}   {result['training']['cpu_seconds']} CPU-s"
+    return f"{shares}   open {over_filler(result, 'open_share'):.1e}   {result['training']['cpu_seconds']} CPU-s"
 
 
 def of_seeds(results: list[dict[str, Any]], distance: int, each: int) -> str:
@@ -75,16 +77,32 @@ def table(name: str, results: list[dict[str, Any]]) -> list[str]:
     titles = [f"{d:,} tokens" for d in columns]
     lines = [f"\n## {experiment.title}\n", f"{experiment.states} states; {experiment.recipe.steps} steps of "
              f"{experiment.recipe.tokens_per_step:,} tokens.\n",
-             f"| | {' | '.join(titles)} | open | CPU-s |", f"|---|{'---|' * (len(columns) + 2)}"]  # fmt: skip
+             f"| | {' | '.join(titles)} | open | written | CPU-s |", f"|---|{'---|' * (len(columns) + 3)}"]  # fmt: skip
     for arm, what in experiment.arms.items():
         own = [result for result in results if result["setup"]["arm"] == arm]
         if not own:
             continue
         cells = [of_seeds(own, distance, experiment.task.facts) for distance in columns]
-        gates = " / ".join(f"{opened(result):.1e}" for result in own)
+        kinds = ("open_share", "mean_write")
+        gates = [" / ".join(f"{over_filler(result, kind):.1e}" for result in own) for kind in kinds]
         seconds = " / ".join(f"{result['training']['cpu_seconds']:.0f}" for result in own)
-        lines.append(f"| {what.title} | {' | '.join(cells)} | {gates} | {seconds} |")
+        lines.append(f"| {what.title} | {' | '.join([*cells, *gates, seconds])} |")
     return lines
+
+
+def missing(results: list[dict[str, Any]]) -> list[str]:
+    """Which runs have no result at all, by experiment."""
+    if not results:
+        return []
+    done = {(r["setup"]["experiment"], r["setup"]["arm"], r["setup"]["seed"]) for r in results}
+    counts = [len(next(iter(answered(result).values()))) for result in results]
+    rows = f"Each run above has {min(counts)} to {max(counts)} rows, and more by `--parts`. Without any result:\n"
+    lines = ["\n## Not measured yet\n", rows]
+    for name, experiment in EXPERIMENTS.items():
+        left = {arm: [s for s in experiment.seeds if (name, arm, s) not in done] for arm in experiment.arms}
+        told = [f"`{arm}` of seed {', '.join(map(str, seeds))}" for arm, seeds in left.items() if seeds]
+        lines += [f"* {name}: {'; '.join(told)}"] if told else []
+    return lines if len(lines) > 2 else []
 
 
 def capacity(results: list[dict[str, Any]]) -> list[str]:
@@ -128,7 +146,8 @@ def write(folder: Path, docs: Path) -> Path:
         if name in by_name and not name.startswith("capacity"):
             lines += table(name, by_name[name])
     grid = [result for result in results if result["setup"]["experiment"].startswith("capacity")]
-    lines += [*capacity(grid), *pairs.report(folder), "\n## Measured on\n", machines([*results, *pairs.load(folder)])]
+    lines += [*capacity(grid), *missing(results), *pairs.report(folder)]
+    lines += ["\n## Measured on\n", machines([*results, *pairs.load(folder)])]
     path = docs / "evidence.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot(by_name, grid, docs)

@@ -6,14 +6,14 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from block_recurrent_transformer_pytorch import BlockRecurrentTransformer
+from block_recurrent_transformer_pytorch import BlockRecurrentTransformer, Config
 
 from .experiments import EXPERIMENTS
 from .streaming import remembered
@@ -45,7 +45,7 @@ class Run:
                          "config": asdict(config), "recipe": asdict(experiment.recipe), "rows": ROWS,
                          "distances": distances(self), "reset_states": arm.reset_states})  # fmt: skip
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if result.get("setup") != setup:
+        if not is_same(result.get("setup", {}), setup):
             result = {"setup": setup}
         if len(finished(result, self)) >= parts:
             return result
@@ -66,6 +66,14 @@ class Run:
                 result["parts"][part].append(found)
                 write(path, result)
         return result
+
+
+def is_same(stored: dict[str, Any], setup: dict[str, Any]) -> bool:
+    """Whether a result was measured so. An option that Config did not have then counts as its default: those who add
+    one keep what the others mean, and a result must not be thrown away for it."""
+    names = [option.name for option in fields(Config) if option.default is MISSING is option.default_factory]
+    defaults = as_json(asdict(Config(**{name: setup["config"][name] for name in names})))
+    return {**stored, "config": defaults | stored.get("config", {})} == setup
 
 
 def finished(result: dict[str, Any], run: Run) -> list[Any]:

@@ -187,6 +187,18 @@ def test_other_settings_begin_anew(small: str, tmp_path: Path, monkeypatch: pyte
     assert run.carry_out(tmp_path, tmp_path, 1)["setup"] != first["setup"]
 
 
+def test_a_new_option_of_the_library_leaves_results_valid(small: str, tmp_path: Path) -> None:
+    """What it did not have then counts as its default, and as nothing else."""
+    run = running.Run(small, "none", 0)
+    setup = run.carry_out(tmp_path, tmp_path, 1)["setup"]
+    for name in ("qkv_bias", "rotary_scaling", "num_xl_blocks"):
+        config = {option: value for option, value in setup["config"].items() if option != name}
+        older = {**setup, "config": config}
+        assert running.is_same(older, setup)
+        assert not running.is_same(older, {**setup, "config": {**setup["config"], name: 7}})
+    assert not running.is_same({}, setup)
+
+
 def test_the_report_says_what_the_results_say(small: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     command.main(["facts", "--only", "small", "--results", str(tmp_path), "--parts", "1"])
@@ -196,11 +208,16 @@ def test_the_report_says_what_the_results_say(small: str, tmp_path: Path) -> Non
     path.write_text(json.dumps(result))
     path = tmp_path / "small.token-gated.seed0.json"
     result = json.loads(path.read_text())
-    result["parts"][0][1]["right"] = [2, 2, 2]
+    result["parts"][0][1] |= {"right": [2, 2, 2], "open_share": 0.25, "mean_write": 0.125}
     path.write_text(json.dumps(result))
     command.main(["report", "--results", str(tmp_path), "--docs", str(tmp_path)])
     text = (tmp_path / "evidence.md").read_text()
     assert "## Two facts" in text and " 100.0 / 83.3 |" in text and "| 91.7 [" in text
+    row = next(line for line in text.splitlines() if line.startswith("| token-gated") and "83.3 |" in line)
+    assert "| 2.5e-01 / " in row and "| 1.2e-01 / " in row
+    (tmp_path / "small.none.seed1.json").unlink()
+    command.main(["report", "--results", str(tmp_path), "--docs", str(tmp_path)])
+    assert "* small: `none` of seed 1\n" in (tmp_path / "evidence.md").read_text()
     assert (tmp_path / "evidence-distance.png").exists()
 
 
