@@ -31,7 +31,7 @@ SIZES = {
     "valid_batches": 32, "final_batches": 32, "checkpoint_every": 64, "keep": 1, "sample": 0, "device": "cpu",
     "set": {"all_layers_qk_rmsnorm": True, "attention_window": "sliding"},
 }  # fmt: skip
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (8e-3, 4e-3, 16e-3)
 FIRST = 131_072  # tokens of the first slice
 LARGEST = 262_144  # of a slice
 TUNED_AT = FIRST
@@ -162,26 +162,29 @@ def plan(arms: list[str], seeds: tuple[int, ...], tokens: int) -> list[tuple[int
     return [(end, seed, arm) for _, _, end, seed in sorted(slices) for arm in arms]
 
 
-def best_rate(text: Text, arm: str, seed: int) -> float:
-    """That of the grid with the fewest bits per byte after TUNED_AT tokens; reads so far with each of them."""
-    def tuned(rate: float) -> float:
-        curve = Run(text, arm, seed, rate).read_to(TUNED_AT)["curve"]
-        return next(float(point["bits_per_byte"]) for point in curve if point["tokens"] == TUNED_AT)
+def bits_at(result: dict[str, Any], tokens: int) -> float | None:
+    """Bits per byte after so many tokens, if they are known."""
+    return next((float(point["bits_per_byte"]) for point in result["curve"] if point["tokens"] == tokens), None)
 
-    return min(RATES, key=tuned)
+
+def tune(text: Text, arms: list[str], seed: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """The grid, rate by rate, so that no arm has been tried with more of them than another."""
+    for rate in RATES:
+        for run in (Run(text, arm, seed, rate) for arm in arms):
+            yield run, run.read_to(TUNED_AT)
 
 
 def carried_out(
     text: Text, arms: list[str], seeds: tuple[int, ...], tokens: int
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """All that is planned, and what is known of a run after each slice."""
-    rates = {}
-    for end, seed, arm in plan(arms, seeds, tokens):
-        if arm not in rates:
-            rates[arm] = best_rate(text, arm, seeds[0])
-        run = Run(text, arm, seed, rates[arm])
-        result = run.read_to(end)
+    tried: dict[str, dict[float, float]] = {arm: {} for arm in arms}
+    for run, result in tune(text, arms, seeds[0]):
+        tried[run.arm][run.rate] = bits_at(result, TUNED_AT) or 0.0
         yield run, result
+    for end, seed, arm in plan(arms, seeds, tokens):
+        run = Run(text, arm, seed, min(tried[arm], key=tried[arm].__getitem__))
+        yield run, run.read_to(end)
 
 
 def line(result: dict[str, Any]) -> str:
@@ -197,7 +200,7 @@ def measure_steps(text: Text, arms: list[str], pairs: int) -> dict[str, Any]:
     with start("cpu", timeout=50) as processes:
         runs = {}
         for arm in arms:
-            options = parse([*Run(text, arm, 0, RATES[0]).flags(1)])
+            options = parse(Run(text, arm, 0, RATES[0]).flags(1))
             runs[arm] = train.build(options, processes, text.runs / f"timing-{arm}")
             train.train_step(runs[arm])
         for _ in range(pairs):
