@@ -40,7 +40,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", default="stdlib", help="of text: what is read, as --data of train.py")
     parser.add_argument("--valid", default="", help="of text: other text to validate on; default a part of --data")
-    parser.add_argument("--tokens", type=int, default=2**26, help="of text: how many the first seed reads, in each arm")
+    parser.add_argument("--tokens", type=int, default=2**26, help="of text: how many each run reads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one JSON file each")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder that evidence.md goes to")

@@ -116,6 +116,25 @@ def test_grid_command_and_report(books: Text, monkeypatch: pytest.MonkeyPatch, t
     assert list(carried_out(books, ["none"], (0,), 4096))  # nothing is read twice
 
 
+def test_steps_are_timed_in_turns(books: Text) -> None:
+    found = text.measure_steps(books, ["none", "skip"], pairs=2)
+    assert all(len(taken["seconds"]) == 2 and taken["median"] > 0 for taken in found.values())
+    assert found["none"]["parameters"] < found["skip"]["parameters"]
+    assert json.loads((books.results / "timing.json").read_text())["arms"] == found
+
+
+def test_a_rate_is_chosen_among_those_that_all_arms_had() -> None:
+    def tried(arm: str, seed: int, **bits: float) -> list[dict[str, Any]]:
+        return [{"setup": {"arm": arm, "seed": seed, "rate": rate},
+                 "curve": [{"tokens": text.TUNED_AT, "bits_per_byte": bits[name]}]}
+                for name, rate in zip("abc", text.RATES) if name in bits]  # fmt: skip
+
+    whole, part = tried("none", 0, a=3.0, b=2.0, c=1.0), tried("skip", 0, a=2.0, b=3.0)
+    other = tried("none", 1, a=0.5, b=9.0, c=9.0)  # not the first seed
+    rates = {r["setup"]["arm"]: r["setup"]["rate"] for r in text_report.chosen([*other, *whole, *part])}
+    assert rates == {"none": text.RATES[2], "skip": text.RATES[0]}
+
+
 def test_differences_are_of_pairs_and_their_interval_is_students() -> None:
     found = {("skip", 0): {8: 2.0}, ("none", 0): {8: 2.5}, ("skip", 1): {8: 2.0}, ("none", 1): {8: 2.25},
              ("skip", 2): {8: 1.0}}  # fmt: skip
