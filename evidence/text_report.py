@@ -211,4 +211,5 @@ def draw(axis: Any, found: Curves, pairs: list[tuple[str, str, str]], title: str
             axis.fill_between(*zip(*bands), color=f"C{i}", alpha=0.12)
     axis.set(xscale="log", xlabel="tokens read", ylabel="bits per byte")
     axis.set_title(title, size=9)
-    axis.legend(fontsize=6)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=6)
