@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import pairs
+from . import pairs, text_report
 from .experiments import EXPERIMENTS
 from .intervals import interval
 from .tasks import NUM_VALUES
@@ -146,7 +146,7 @@ def write(folder: Path, docs: Path) -> Path:
         if name in by_name and not name.startswith("capacity"):
             lines += table(name, by_name[name])
     grid = [result for result in results if result["setup"]["experiment"].startswith("capacity")]
-    lines += [*capacity(grid), *missing(results), *pairs.report(folder)]
+    lines += [*capacity(grid), *missing(results), *pairs.report(folder), *text_report.report(folder, docs)]
     lines += ["\n## Measured on\n", machines([*results, *pairs.load(folder)])]
     path = docs / "evidence.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
