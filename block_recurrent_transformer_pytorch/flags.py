@@ -133,6 +133,14 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def weight(text: str) -> tuple[str, float]:
+    """NAME=WEIGHT."""
+    name, number = setting(text)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: the weight must be a number of at least 0")
+    return name, float(number)
+
+
 # ---------------------------------------------------------------------------------------------------------- 2 the flags
 
 
@@ -232,6 +240,8 @@ def add_training_flags(group: Any) -> None:
     add("--clip", type=not_negative, default=1.0, help="largest norm of the gradient; 0: any")
     add("--memory-dropout", type=not_negative, default=0.0, help="chance that a row forgets its memories, a segment")
     add("--state-dropout", type=not_negative, default=0.0, help="chance that a row's states begin anew, a segment")
+    add("--auxiliary", action="append", default=[], metavar="NAME=WEIGHT", type=weight, help="an auxiliary loss of the "
+        "model, which changes the gradient and no figure: distillation, reconstruction, open_gates")  # fmt: skip
     add("--reset-states-every-block", action=switch, default=False, help="the control for what states are worth: they "
         "return to their initial values at every block, in training and validation, so that a model of the same "
         "parameters carries nothing in them; memories stay")  # fmt: skip
@@ -337,7 +347,7 @@ def gather(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     preset = parser.parse_args(read + argv).preset or ("enwik8" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args([*as_flags(PRESETS[preset]), *read, *argv])
     options.preset, options.out, options.resume = preset, folder, given.resume is not None
-    options.set = dict(options.set)
+    options.set, options.auxiliary = dict(options.set), dict(options.auxiliary)
     given_lr = any(word.partition("=")[0] == "--lr" for word in (*read, *argv))
     if options.optimizer != PRESETS[preset].get("optimizer", "adamw") and not given_lr:
         parser.error(f"--optimizer {options.optimizer}: the rate of preset {preset} is for another one, give --lr too")
@@ -356,8 +366,8 @@ def read_options(parser: argparse.ArgumentParser, flag: str, path: Path) -> dict
             values.setdefault("split", "documents")  # as in version 1.0.0, which had no such option
     if not isinstance(values, dict):
         parser.error(f"{flag}: {path} is not a JSON object of options")
-    if not isinstance(values.get("set", {}), dict):
-        parser.error(f"{flag}: {path} gives no JSON object for set")
+    if any(not isinstance(values.get(name, {}), dict) for name in ("set", "auxiliary")):
+        parser.error(f"{flag}: {path} gives no JSON object for set or auxiliary")
     known = set(vars(parser.parse_args([]))) - {"config"}
     if unknown := sorted(name for name, value in values.items() if name not in known and value is not None):
         parser.error(f"{flag}: {path} has the unknown option {unknown[0]!r}")
@@ -369,8 +379,8 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
-        if name == "set":
-            words += [f"--set={option}={json.dumps(content)}" for option, content in value.items()]
+        if isinstance(value, dict):
+            words += [f"{flag}={option}={json.dumps(content)}" for option, content in value.items()]
         elif isinstance(value, bool):
             words += [flag] if value else [f"--no-{flag[2:]}"]
         elif isinstance(value, list):

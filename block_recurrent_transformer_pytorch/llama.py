@@ -47,8 +47,7 @@ NEEDED = (
 )  # fmt: skip
 UNUSED = ("rotary_emb.inv_freq",)  # ends of names of old checkpoints: tables that follow from the config
 ROUTED: dict[str, Any] = {  # what finds the most without training: docs/evidence.md
-    "positions": "rotary", "operator": "top_k", "chunk_size": 8, "num_chosen": 32, "num_summaries": 2,
-    "capacity": 65_536,
+    "positions": "rotary", "operator": "top_k", "chunk_size": 8, "num_chosen": 32, "capacity": 65_536,
 }  # fmt: skip
 
 

@@ -47,8 +47,8 @@ ARMS = {
     "all": Arm("attention to everything", {"num_xl_blocks": 40}, 10_240),
     "no-sinks": Arm("the same window without sinks", {"sink_tokens": 0}, 4096),
     "wider": Arm("a window wider by 256 tokens, 4 sinks", {"num_xl_blocks": 2}),
-    "routed": Arm("routed memory, 256 tokens in chunks of 8, two means each", routed(256, 8, 2)),
-    "routed-mean": Arm("routed memory, 256 tokens in chunks of 8, one mean each", routed(256, 8, 1), 4096),
+    "routed-mean": Arm("routed memory, 256 tokens in chunks of 8, one mean each", routed(256, 8, 1)),
+    "routed": Arm("routed memory, 256 tokens in chunks of 8, two means each", routed(256, 8, 2), 4096),
     "routed-four": Arm("routed memory, 256 tokens in chunks of 8, four means each", routed(256, 8, 4), 4096),
     "routed-max": Arm("routed memory, 256 tokens in chunks of 4, best token", routed(256, 4, 4), 4096),
     "routed-512": Arm("routed memory, 512 tokens in chunks of 8, two means each", routed(512, 8, 2), 4096),
@@ -128,6 +128,49 @@ def bits(result: dict[str, Any], first: int, last: int) -> float:
     """Bits per byte of the tokens from `first` up to `last`."""
     parts = [part for part in result["ranges"] if first <= part["from"] < last]
     return sum(part["nats"] for part in parts) / math.log(2) / sum(part["bytes"] for part in parts)
+
+
+RANGES = ((512, 1024), (1024, 2048), (2048, 4096), (4096, 8192), (8192, 16_384), (16_384, 32_768), (32_768, 65_536))
+
+HEAD = """
+## A pretrained model reads on
+
+Measured by `python -m evidence.pretrained --data FOLDER`: SmolLM2-135M-Instruct, not trained any further, reads books
+from their beginning. Bits per byte by position in tokens; *share*: how much of what attention to everything gains over
+the window is gained, over all positions from 512 on that both have read. The model was made for 8,192 tokens.
+"""
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("pretrained.*.json"))]
+
+
+def report(folder: Path) -> list[str]:
+    """The section of docs/evidence.md: a table for each book."""
+    results = load(folder)
+    lines = [HEAD] if results else []
+    for book in sorted({result["setup"]["book"] for result in results}):
+        own = {result["setup"]["arm"]: result for result in results if result["setup"]["book"] == book}
+        longest = max(result["setup"]["tokens"] for result in own.values())
+        ranges = [(first, last) for first, last in RANGES if last <= longest]
+        titles = [f"{first:,} to {last:,}" for first, last in ranges]
+        lines += [f"\n{book}:\n", f"| | {' | '.join(titles)} | share, % | CPU-s |"]
+        lines.append(f"|---|{'---|' * (len(titles) + 2)}")
+        for name in (name for name in ARMS if name in own):
+            read = own[name]["setup"]["tokens"]
+            cells = [f"{bits(own[name], *one):.4f}" if one[1] <= read else "" for one in ranges]
+            ends = [share(own, name), f"{own[name]['cpu_seconds']:.0f}"]
+            lines.append(f"| {ARMS[name].title} | {' | '.join([*cells, *ends])} |")
+    return lines
+
+
+def share(own: dict[str, dict[str, Any]], name: str) -> str:
+    """Of the gain of attention to everything, in percent."""
+    if not {"window", "all"} <= own.keys() or name in ("window", "all"):
+        return ""
+    last = min(own[arm]["setup"]["tokens"] for arm in ("window", "all", name))
+    least, most, here = (bits(own[arm], 512, last) for arm in ("window", "all", name))
+    return f"{100 * (least - here) / (least - most):.0f}"
 
 
 def main(given: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import pairs, text_report
+from . import pairs, pretrained, text_report
 from .experiments import EXPERIMENTS
 from .intervals import interval
 from .tasks import NUM_VALUES
@@ -146,8 +146,9 @@ def write(folder: Path, docs: Path) -> Path:
         if name in by_name and not name.startswith("capacity"):
             lines += table(name, by_name[name])
     grid = [result for result in results if result["setup"]["experiment"].startswith("capacity")]
-    lines += [*capacity(grid), *missing(results), *pairs.report(folder), *text_report.report(folder, docs)]
-    lines += ["\n## Measured on\n", machines([*results, *pairs.load(folder)])]
+    lines += [*capacity(grid), *missing(results), *pairs.report(folder), *pretrained.report(folder)]
+    lines += [*text_report.report(folder, docs), "\n## Measured on\n"]
+    lines.append(machines([*results, *pairs.load(folder), *pretrained.load(folder)]))
     path = docs / "evidence.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot(by_name, grid, docs)

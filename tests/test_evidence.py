@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from strategies import random_model
 from torch import Tensor
 
 from block_recurrent_transformer_pytorch.inspecting import inspecting
 from evidence import __main__ as command
-from evidence import pairs, running
+from evidence import pairs, pretrained, running
 from evidence.experiments import EXPERIMENTS, OURS, Experiment
 from evidence.intervals import bootstrap, interval, wilson
 from evidence.streaming import remembered
@@ -285,3 +287,33 @@ def test_matching_initial_values_find_the_chunk_of_a_key() -> None:
         places = [(tokens[0] == key).nonzero().item() // 8 for key in asked[0, 1::3]]
         shares[name] = (chosen == torch.tensor(places)[:, None]).any(1).double().mean()
     assert shares["max-8"] > 0.9 and shares["random"] < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- pretrained models
+
+
+def test_shares_of_what_attention_to_everything_gains(tmp_path: Path) -> None:
+    """Bits per byte are added up over ranges of tokens; a share is that of the gain over the window."""
+    for arm, nats in (("window", 4.0), ("all", 2.0), ("routed-mean", 2.5)):
+        ranges = [{"from": at, "nats": nats * 100, "bytes": 200} for at in range(0, 1024, 512)]
+        setup = {"experiment": "pretrained", "arm": arm, "book": "a book", "tokens": 1024, "options": {}}
+        result = {"setup": setup, "ranges": ranges, "cpu_seconds": 1.0, "machine": {}}
+        (tmp_path / f"pretrained.{arm}.a.json").write_text(json.dumps(result))
+    results = {result["setup"]["arm"]: result for result in pretrained.load(tmp_path)}
+    assert pretrained.bits(results["window"], 0, 1024) == pytest.approx(2 / math.log(2))
+    assert pretrained.share(results, "routed-mean") == "75" and pretrained.share(results, "all") == ""
+    assert "| 75 | 1 |" in "\n".join(pretrained.report(tmp_path))
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "NAMES", ("no_such_package",))
+    with pytest.raises(SystemExit, match="needs no_such_package"):
+        pretrained.pretrained()
+
+
+def test_losses_do_not_depend_on_the_pieces() -> None:
+    model = random_model(replace(pairs.config(pairs.ARMS["max-8"], 64), max_seq_len=64)).float()
+    tokens = torch.randint(pairs.NUM_TOKENS, (200,), generator=draw())
+    whole, parts = (torch.tensor(pretrained.losses(model, tokens, piece)) for piece in (199, 37))
+    assert len(whole) == 199
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)

@@ -1185,3 +1185,20 @@ def test_documents_with_odd_names_and_contents(run, tmp_path, monkeypatch, capsy
     assert evaluate.main([str(tmp_path / "a"), "--split", "all"]) == 0
     with (tmp_path / "a" / "evaluation" / "documents.csv").open(newline="", errors="surrogateescape") as file:
         assert len(list(csv.reader(file))) == 1 + 24
+
+
+# ----------------------------------------------------------------------------------------------------- auxiliary losses
+
+
+def test_an_auxiliary_loss_teaches_and_leaves_the_figures_alone(run, tmp_path):
+    gated = ("--set", "gate=full")
+    assert run("plain", *gated)[0] == 0
+    assert run("taught", *gated, "--auxiliary", "open_gates=100")[0] == 0
+    plain, taught = metrics(tmp_path / "plain"), metrics(tmp_path / "taught")
+    assert plain[0]["loss"] == taught[0]["loss"] and plain[-1]["loss"] != taught[-1]["loss"]
+    assert run("taught", "--resume", "--steps", "8")[0] == 0
+    assert metrics(tmp_path / "taught")[-1]["step"] == 8
+    status, text = run("other", *gated, "--auxiliary", "distillation=1")
+    assert status == 2 and "the model has ['open_gates']" in text
+    with pytest.raises(SystemExit):
+        run("wrong", "--auxiliary", "open_gates=-1")

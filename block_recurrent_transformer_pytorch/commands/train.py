@@ -167,6 +167,7 @@ class Segments(nn.Module):
             warnings.simplefilter("ignore")  # of what gets no gradient: `describe` says it in other words
             self.wrapper = RecurrentTrainWrapper(
                 model, options.memory_dropout, options.state_dropout, generator=generator,
+                auxiliary_losses=dict(options.auxiliary),
                 seq_len=options.block if self.resets_every_block else gradient_depth(options) * options.segment,
             )  # fmt: skip
 
