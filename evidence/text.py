@@ -119,7 +119,7 @@ class Run:
 
     def read_to(self, tokens: int) -> dict[str, Any]:
         """Trains until so many tokens are read and writes what validation gave, unless that is known."""
-        import train  # the script
+        from block_recurrent_transformer_pytorch.commands import train
 
         result = self.result
         if any(point["tokens"] == tokens for point in result["curve"]):
@@ -194,14 +194,14 @@ def line(result: dict[str, Any]) -> str:
 
 def measure_steps(text: Text, arms: list[str], pairs: int) -> dict[str, Any]:
     """CPU-seconds of a training step of each arm, taken in turns; written beside the curves."""
-    import train
+    from block_recurrent_transformer_pytorch.commands import train
 
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     with start("cpu", timeout=50) as processes:
         runs = {}
         for arm in arms:
             options = parse(Run(text, arm, 0, RATES[0]).flags(1))
-            runs[arm] = train.build(options, processes, text.runs / f"timing-{arm}")
+            runs[arm] = train.build(options, processes, text.runs / f"timing-{arm}", has_begun=False)
             train.train_step(runs[arm])
         for _ in range(pairs):
             for arm, run in runs.items():

@@ -299,9 +299,10 @@ class Oracle:
             return self.unit(x, norm) * self.parameters[f"{name}.head_scale"].abs()[:, None]
         return x
 
-    def turned(self, x: Tensor, position: int) -> Tensor:
+    def turned(self, x: Tensor, position: int, layer: int) -> Tensor:
         """Queries or keys (..., e) at a position of the stream, if those of the store are turned."""
-        if self.config.extra_memories["routed"].get("positions", "none") == "none":
+        positions = self.config.extra_memories["routed"].get("positions", "none")
+        if positions == "none" or layer in self.config.unrotated_layers:
             return x
         frequency, growth = frequencies(self.config)
         angle = position * frequency.to(x.dtype)
@@ -317,7 +318,8 @@ class Oracle:
         sinks = config.extra_memories["sinks"]["tokens"] if layer in self.sink_layers else 0
         first = max(-(-sinks // size), (len(store) - options["capacity"]) // size)
         chunks = [store[i : i + size] for i in range(first * size, len(store), size)]
-        far_q = self.turned(self.met(q, "q", layer), len(store) + len(self.xl[layer]) + len(self.block[layer]) - 1)
+        here = len(store) + len(self.xl[layer]) + len(self.block[layer]) - 1
+        far_q = self.turned(self.met(q, "q", layer), here, layer)
         scale = {"channel": config.qk_norm_scale, "head": 1.0}.get(norm, config.dim_head**-0.5)
         shared_by, outputs = config.heads // config.kv_heads, []
         for head in range(config.heads):
@@ -481,7 +483,7 @@ class Oracle:
                 ready = self.met(key, "k", layer)
                 if self.config.extra_memories["routed"].get("key_shift"):
                     ready, self.newest[layer] = self.newest[layer], ready
-                self.store[layer].append((self.turned(ready, len(self.store[layer])), value))
+                self.store[layer].append((self.turned(ready, len(self.store[layer]), layer), value))
         if self.config.use_compressed_mem and width:
             entries = self.compressed[layer] + self.compress(layer, leaving)
             self.compressed[layer] = entries[max(0, len(entries) - self.config.block_width // 2) :]

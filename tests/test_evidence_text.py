@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train
+from block_recurrent_transformer_pytorch.commands import train
 from evidence import __main__ as command
 from evidence import text, text_report
 from evidence.text import ARMS, Run, Text, carried_out, ends, plan

@@ -384,7 +384,9 @@ def test_work_of_one_call_grows_in_proportion_to_its_tokens(options: dict) -> No
         for blocks in (12, 18, 24):
             model(random_stream(1, blocks * width))
             pairs.append(counts.taken()[0])
-        assert pairs[2] - pairs[1] == pairs[1] - pairs[0] > 0
+        assert pairs[2] - pairs[1] == pairs[1] - pairs[0]
+        is_counted = model.cells or any(layer.routed is None for layer in model.layers)  # routed layers do not `attend`
+        assert pairs[1] > pairs[0] or not is_counted
 
 
 @tries(10)
