@@ -1298,7 +1298,7 @@ class TransformerBlock(nn.Module):
         k, v = split_heads(kv, 1, 2 * self.kv_heads).chunk(2, dim=1)
         k = self.heads_norm.stored(k)
         taken = self.remember(memory, KV(k, v), span, visibility)
-        own_kv, losses = None, dict[str, Tensor]()
+        own_kv, losses = None, cast(dict[str, Tensor], {})
         if self.cell is not None and state is not None and state_kv is not None:
             own_kv, state, losses = self.updated(self.cell, state, state_kv, taken.for_states, span, mode)
             if self.is_own_read:
